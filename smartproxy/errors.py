@@ -1,0 +1,175 @@
+"""Every error a user can meet: its HTTP status, its code (SPEC 2) and its text.
+
+Raised where the fault is known; turned into the OpenAI body by `openai_body`, in one place per entry point.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SmartProxyError(Exception):
+    """Base of all our errors; the message says what, which, the numbers and the next step."""
+
+    http_status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    #: OpenAI's coarse `type`
+    type: ClassVar[str] = "server_error"
+    #: the request field at fault, where there is one
+    param: ClassVar[str | None] = None
+    #: seconds for `Retry-After`; None sends no such header
+    retry_after_s: ClassVar[int | None] = None
+
+
+class InvalidJson(SmartProxyError):
+    """The body is not JSON, or not an object."""
+
+    http_status, code, type = 400, "invalid_json", "invalid_request_error"
+
+
+class ModelRequired(SmartProxyError):
+    """No model named and no default configured."""
+
+    http_status, code, type, param = 400, "model_required", "invalid_request_error", "model"
+
+
+class InvalidApiKey(SmartProxyError):
+    """Missing or wrong API key."""
+
+    http_status, code, type = 401, "invalid_api_key", "authentication_error"
+
+
+class ModelNotFound(SmartProxyError):
+    """The named model is not in the catalogue."""
+
+    http_status, code, type, param = 404, "model_not_found", "invalid_request_error", "model"
+
+
+class RouteNotFound(SmartProxyError):
+    """No such route."""
+
+    http_status, code, type = 404, "not_found", "invalid_request_error"
+
+
+class RequestTooLarge(SmartProxyError):
+    """The body is over `max_body_mb`."""
+
+    http_status, code, type = 413, "request_too_large", "invalid_request_error"
+
+
+class QueueFull(SmartProxyError):
+    """More than `max_queue` requests already wait for a load."""
+
+    http_status, code, type, retry_after_s = 429, "queue_full", "rate_limit_error", 5
+
+
+class UpstreamError(SmartProxyError):
+    """The server died before any byte was sent, and one reload and retry failed too."""
+
+    http_status, code = 502, "backend_failed"
+
+
+class NoFit(SmartProxyError):
+    """The model can never fit this machine as configured."""
+
+    http_status, code = 503, "insufficient_gpu_memory"
+
+
+class GpuMemoryBusy(SmartProxyError):
+    """It would fit, but busy models held the memory past `queue_timeout`."""
+
+    http_status, code, retry_after_s = 503, "gpu_memory_busy", 10
+
+
+class PoolBusy(SmartProxyError):
+    """Busy servers held every place of the pool past `queue_timeout`."""
+
+    http_status, code, retry_after_s = 503, "pool_busy", 10
+
+
+class LoadFailed(SmartProxyError):
+    """The server would not start; the message carries the last useful line of its log."""
+
+    http_status, code = 503, "model_load_failed"
+
+
+class ManagerDown(SmartProxyError):
+    """The model is not loaded and the manager does not answer."""
+
+    http_status, code, retry_after_s = 503, "manager_unavailable", 2
+
+
+class ShuttingDown(SmartProxyError):
+    """The proxy is being stopped."""
+
+    http_status, code, retry_after_s = 503, "shutting_down", 5
+
+
+class LoadTimeout(SmartProxyError):
+    """Loading took longer than `load_timeout`, or made no progress for `load_stall_timeout`."""
+
+    http_status, code, type = 504, "load_timeout", "timeout_error"
+
+
+class UpstreamTimeout(SmartProxyError):
+    """The server took longer than `request_timeout`."""
+
+    http_status, code, type = 504, "upstream_timeout", "timeout_error"
+
+
+class ConfigError(SmartProxyError):
+    """The configuration says something that can't be: which key, what it got, what it wants."""
+
+
+class StateConflict(SmartProxyError):
+    """Two writers disagree about a row: a fault of ours."""
+
+
+class ObserveError(SmartProxyError):
+    """NVML can't be read, or one of its GPUs can't."""
+
+
+class MetadataError(SmartProxyError):
+    """A GGUF file can't be read; the message names the file and the reason."""
+
+    http_status, code = 503, "model_load_failed"
+
+
+class UnknownCacheType(SmartProxyError):
+    """A KV cache type that llama.cpp does not have."""
+
+
+#: errors that the manager answers a load with, by the code stored in the state file
+BY_CODE: dict[str, type[SmartProxyError]] = {
+    error.code: error
+    for error in (
+        ModelNotFound,
+        QueueFull,
+        UpstreamError,
+        NoFit,
+        GpuMemoryBusy,
+        PoolBusy,
+        LoadFailed,
+        ManagerDown,
+        ShuttingDown,
+        LoadTimeout,
+        UpstreamTimeout,
+    )
+}
+
+
+def from_code(code: str, message: str) -> SmartProxyError:
+    """Return the error that a stored answer stands for; an unknown code is our own fault."""
+    return BY_CODE.get(code, SmartProxyError)(message)
+
+
+def openai_body(error: SmartProxyError) -> dict[str, dict[str, str | None]]:
+    """Return the JSON object OpenAI clients expect for an error."""
+    return {
+        "error": {
+            "message": str(error),
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
