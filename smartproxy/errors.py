@@ -1,6 +1,6 @@
 """Every error a user can meet: its HTTP status, its code (SPEC 2) and its text.
 
-Raised where the fault is known; turned into the OpenAI body by `openai_body`, in one place per entry point.
+Raised where the fault is known; turned into the OpenAI body by `openai_body`, in one place.
 """
 
 from __future__ import annotations
