@@ -1,0 +1,263 @@
+"""The tables of state.db, who writes each, and the views a person reads (docs/state.md).
+
+One writing side per column: W = workers, M = the manager. Times are Unix seconds, memory is bytes.
+"""
+
+from __future__ import annotations
+
+from sqlite_utils import Database, Migrations
+
+migrations = Migrations("smartproxy")
+
+TABLES = """
+-- M: one row, the manager itself
+CREATE TABLE manager (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    pid INTEGER,
+    started_at REAL,
+    heartbeat_at REAL,
+    stopping INTEGER NOT NULL DEFAULT 0,
+    -- moves whenever something changes that workers route by
+    generation INTEGER NOT NULL DEFAULT 0,
+    -- gpu, cpu, or NULL before the first look
+    mode TEXT CHECK (mode IN ('gpu', 'cpu')),
+    mode_reason TEXT,
+    driver_version TEXT,
+    observed_at REAL,
+    llama_server TEXT,
+    build TEXT
+);
+INSERT INTO manager (id) VALUES (1);
+
+-- M: every llama-server that lives or ended lately
+CREATE TABLE servers (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    model_id TEXT NOT NULL,
+    host TEXT NOT NULL DEFAULT '127.0.0.1',
+    port INTEGER NOT NULL CHECK (port BETWEEN 1 AND 65535),
+    pid INTEGER,
+    -- the process's own start time: with the pid it names one process for ever
+    pid_started_at REAL,
+    state TEXT NOT NULL CHECK (state IN
+        ('starting', 'ready', 'draining', 'stopping', 'stopped', 'failed')),
+    -- why it is in this state, in words
+    reason TEXT,
+    api_key TEXT NOT NULL,
+    command TEXT NOT NULL,
+    log_path TEXT NOT NULL,
+    -- file, build and settings it was started with: what measurements are kept under
+    settings_key TEXT NOT NULL,
+    on_cpu_for_want_of_gpu INTEGER NOT NULL DEFAULT 0,
+    context_size INTEGER,
+    parallel INTEGER,
+    gpu_layers INTEGER,
+    layer_count INTEGER,
+    tensor_split TEXT,
+    estimated_bytes INTEGER,
+    measured_bytes INTEGER,
+    host_estimated_bytes INTEGER,
+    host_measured_bytes INTEGER,
+    created_at REAL NOT NULL,
+    ready_at REAL,
+    state_changed_at REAL NOT NULL,
+    load_s REAL,
+    exit_code INTEGER,
+    error_code TEXT,
+    error_message TEXT,
+    last_used_at REAL NOT NULL,
+    -- from its own /metrics and /slots
+    watched_at REAL,
+    slots_total INTEGER,
+    slots_busy INTEGER,
+    requests_processing INTEGER,
+    requests_deferred INTEGER,
+    prompt_tokens_total REAL,
+    predicted_tokens_total REAL,
+    tokens_per_second REAL
+);
+CREATE UNIQUE INDEX one_live_server_per_model ON servers (model_id)
+    WHERE state IN ('starting', 'ready', 'draining', 'stopping');
+CREATE UNIQUE INDEX one_live_server_per_port ON servers (port)
+    WHERE state IN ('starting', 'ready', 'draining', 'stopping');
+CREATE INDEX servers_by_state ON servers (state, state_changed_at);
+
+-- M: what each server was promised of each GPU, written before its process starts
+CREATE TABLE assignments (
+    server_id INTEGER NOT NULL REFERENCES servers (id) ON DELETE CASCADE,
+    gpu_uuid TEXT NOT NULL,
+    gpu_index INTEGER NOT NULL,
+    estimated_bytes INTEGER NOT NULL,
+    -- withheld from placing: the estimate, then max(measured, estimate)
+    reserved_bytes INTEGER NOT NULL,
+    measured_bytes INTEGER,
+    PRIMARY KEY (server_id, gpu_uuid)
+);
+
+-- M: the GPUs as last seen
+CREATE TABLE gpus (
+    uuid TEXT PRIMARY KEY,
+    gpu_index INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    pci_bus_id TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('available', 'assigned', 'error')),
+    error TEXT,
+    total_bytes INTEGER NOT NULL,
+    free_bytes INTEGER NOT NULL,
+    used_bytes INTEGER NOT NULL,
+    utilization REAL NOT NULL,
+    temperature_c REAL,
+    power_w REAL,
+    compute_capability TEXT,
+    mig INTEGER NOT NULL DEFAULT 0,
+    -- learned: what a server takes beside its buffers
+    overhead_bytes INTEGER,
+    state_changed_at REAL NOT NULL
+);
+CREATE TABLE gpu_processes (
+    gpu_uuid TEXT NOT NULL,
+    pid INTEGER NOT NULL,
+    name TEXT,
+    used_bytes INTEGER,
+    -- ours, or NULL for a stranger's
+    server_id INTEGER,
+    PRIMARY KEY (gpu_uuid, pid)
+);
+
+-- W inserts, renews and deletes; M fills the answer
+CREATE TABLE demands (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL CHECK (kind IN ('load', 'unload', 'plan')),
+    model_id TEXT NOT NULL,
+    worker_id TEXT NOT NULL,
+    -- asked for by a person through the API, not by a request: overrides the back-off
+    explicit INTEGER NOT NULL DEFAULT 0,
+    asked_at REAL NOT NULL,
+    expires_at REAL NOT NULL,
+    answered_at REAL,
+    error_code TEXT,
+    message TEXT,
+    answer TEXT
+);
+CREATE INDEX open_demands ON demands (kind, model_id) WHERE answered_at IS NULL;
+
+-- M: what the queue of a waiting model looks like to a person
+CREATE TABLE waits (
+    model_id TEXT PRIMARY KEY,
+    reason TEXT NOT NULL,
+    since REAL NOT NULL
+);
+
+-- W: one row per worker and server; in_flight is 0 or 1 (counts live in the worker's memory)
+CREATE TABLE leases (
+    worker_id TEXT NOT NULL,
+    server_id INTEGER NOT NULL,
+    in_flight INTEGER NOT NULL,
+    taken_at REAL NOT NULL,
+    last_used_at REAL NOT NULL,
+    expires_at REAL NOT NULL,
+    PRIMARY KEY (worker_id, server_id)
+);
+
+-- M: what happened and why
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    at REAL NOT NULL,
+    kind TEXT NOT NULL,
+    model_id TEXT,
+    server_id INTEGER,
+    gpu_uuid TEXT,
+    message TEXT NOT NULL,
+    data TEXT
+);
+CREATE INDEX events_by_time ON events (at);
+
+-- M: the catalogue with what is known of each model
+CREATE TABLE models (
+    id TEXT PRIMARY KEY,
+    path TEXT,
+    problem TEXT,
+    architecture TEXT,
+    parameters INTEGER,
+    quantization TEXT,
+    file_bytes INTEGER,
+    trained_context INTEGER,
+    context_size INTEGER,
+    estimated_bytes INTEGER,
+    host_estimated_bytes INTEGER,
+    confident INTEGER,
+    updated_at REAL NOT NULL
+);
+
+-- M: GGUF headers read once
+CREATE TABLE files (
+    path TEXT PRIMARY KEY,
+    size_bytes INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    metadata TEXT NOT NULL,
+    read_at REAL NOT NULL
+);
+
+-- M: estimated against measured, one row per load and device ('host' for the host)
+CREATE TABLE measurements (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    at REAL NOT NULL,
+    model_id TEXT NOT NULL,
+    server_id INTEGER NOT NULL,
+    file_key TEXT NOT NULL,
+    settings_key TEXT NOT NULL,
+    device TEXT NOT NULL,
+    device_index INTEGER NOT NULL,
+    estimated_bytes INTEGER NOT NULL,
+    -- the server's own buffer lines
+    buffers_bytes INTEGER,
+    -- NVML's figure for its pid
+    process_bytes INTEGER,
+    UNIQUE (server_id, device)
+);
+CREATE INDEX measurements_by_settings ON measurements (settings_key, device_index);
+CREATE INDEX measurements_by_file ON measurements (file_key);
+"""
+
+VIEWS = """
+CREATE VIEW loads AS
+SELECT d.model_id AS model, count(*) AS requests,
+       round((julianday('now') - 2440587.5) * 86400.0 - min(d.asked_at), 1) AS waiting_s,
+       coalesce(s.state, 'unloaded') AS state,
+       w.reason AS waits_for
+FROM demands d
+LEFT JOIN servers s ON s.model_id = d.model_id
+     AND s.state IN ('starting', 'ready', 'draining', 'stopping')
+LEFT JOIN waits w ON w.model_id = d.model_id
+WHERE d.kind = 'load' AND d.answered_at IS NULL
+GROUP BY d.model_id;
+
+CREATE VIEW running AS
+SELECT s.id, s.model_id AS model, s.state, s.pid, s.port,
+       coalesce((SELECT group_concat(a.gpu_index, ',') FROM assignments a
+                 WHERE a.server_id = s.id), 'cpu') AS gpus,
+       round(s.estimated_bytes / 1073741824.0, 2) AS estimated_gb,
+       round(s.measured_bytes / 1073741824.0, 2) AS measured_gb,
+       s.context_size, round(s.load_s, 2) AS load_s,
+       (SELECT coalesce(sum(l.in_flight), 0) FROM leases l WHERE l.server_id = s.id) AS leased,
+       round((julianday('now') - 2440587.5) * 86400.0 - s.last_used_at, 1) AS idle_s,
+       s.reason
+FROM servers s
+WHERE s.state IN ('starting', 'ready', 'draining', 'stopping');
+
+CREATE VIEW log AS
+SELECT id, strftime('%Y-%m-%d %H:%M:%f', at, 'unixepoch', 'localtime') AS time, kind,
+       model_id AS model, server_id AS server, message
+FROM events;
+"""
+
+
+@migrations(name="0001_first")
+def first(db: Database) -> None:
+    """Create tables and views."""
+    for statement in _statements(TABLES) + _statements(VIEWS):
+        db.execute(statement)
+
+
+def _statements(script: str) -> list[str]:
+    """Split DDL at the semicolons that end a line; executescript would commit the transaction."""
+    return [part for part in script.split(";\n") if part.strip()]
