@@ -1,0 +1,154 @@
+"""A failed validation -> one line: which key, what it got, what it wants. Pure.
+
+What a key wants is read off its JSON Schema, so no text here repeats a default or a bound.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+#: their values never appear in a message
+_SECRET = frozenset({"api_keys", "admin_keys", "env"})
+_SHOWN_CHARACTERS = 60
+
+Json = Mapping[str, Any]
+
+
+def one_line(error: ValidationError, data: Any, schema: Json, written_as: Mapping[str, str]) -> str:
+    """Return the first problem in words, and how many more there are."""
+    problems = error.errors(include_url=False, include_input=False)
+    first = problems[0]
+    keys, node, parent = _find(first["loc"], schema)
+    path = _written(".".join(map(str, keys)), written_as)
+    if first["type"] == "extra_forbidden":
+        text = _unknown_key(str(first["loc"][-1]), path, parent, schema)
+    elif first["type"] == "value_error":
+        text = ": ".join(filter(None, (path, str(first["ctx"]["error"]))))
+    elif first["type"] == "json_invalid":
+        text = f"can't be read: {first['ctx']['error']}"  # a lone surrogate, too deep
+    else:
+        text = f"{path or 'the whole'}: got {_got(data, keys)}, wants {_wants(node, schema)}"
+    others = {_find(other["loc"], schema)[0] for other in problems[1:]} - {keys}
+    if not others:
+        return text
+    return f"{text} (and {len(others)} more problem{'s' if len(others) > 1 else ''})"
+
+
+def _find(loc: Sequence[int | str], schema: Json) -> tuple[tuple[int | str, ...], Json, Json]:
+    """Return the part of loc that is in the file, its schema and that of what holds it.
+
+    The rest of loc is pydantic's own: which branch of a union, or "[key]".
+    """
+    node: Json = schema
+    parent: Json = schema
+    keys: list[int | str] = []
+    for key in loc:
+        below = _below(node, key, schema)
+        if below is None or key == "[key]":
+            break
+        parent, node = node, below
+        keys.append(key)
+    else:
+        return tuple(keys), node, parent
+    unknown = loc[len(keys)]
+    if _kind(node, schema) == "object" and isinstance(unknown, str) and unknown != "[key]":
+        return (*keys, unknown), {}, node
+    return tuple(keys), node, parent
+
+
+def _below(node: Json, key: int | str, schema: Json) -> Json | None:
+    for choice in _choices(node, schema):
+        if isinstance(key, int):
+            found = choice.get("items")
+        else:
+            found = choice.get("properties", {}).get(key, choice.get("additionalProperties"))
+        if isinstance(found, Mapping):
+            return found
+    return None
+
+
+def _choices(node: Json, schema: Json) -> list[Json]:
+    """Return what a value may be, without null and with references followed."""
+    if "$ref" in node:
+        return _choices(schema["$defs"][node["$ref"].rsplit("/", 1)[1]], schema)
+    if "anyOf" in node:
+        return [one for each in node["anyOf"] for one in _choices(each, schema)]
+    return [] if node.get("type") == "null" else [node]
+
+
+def _kind(node: Json, schema: Json) -> str | None:
+    choices = _choices(node, schema)
+    return choices[0].get("type") if choices else None
+
+
+def _unknown_key(key: str, path: str, parent: Json, schema: Json) -> str:
+    known = [name for one in _choices(parent, schema) for name in one.get("properties", {})]
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f'{path}: unknown key, did you mean "{near[0]}"?'
+    model_keys = schema["$defs"]["ModelSettings"]["properties"]
+    if key in model_keys:
+        return f"{path}: unknown key here, it goes under a model (models.NAME.{key})"
+    if key in schema["properties"]:
+        return f"{path}: unknown key here, it goes to the top of the file"
+    return f"{path}: unknown key, wants one of {', '.join(sorted(known))}"
+
+
+def _written(path: str, written_as: Mapping[str, str]) -> str:
+    """Return the path with the older key that the user really wrote."""
+    for today, old in written_as.items():
+        if path == today or path.startswith(f"{today}."):
+            return f"{old}{path[len(today) :]}"
+    return path
+
+
+def _got(data: Any, keys: Sequence[int | str]) -> str:
+    if any(key in _SECRET for key in keys):
+        return "something else"
+    for key in keys:
+        data = data[key]
+    text = json.dumps(data, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+
+
+def _wants(node: Json, schema: Json) -> str:
+    texts = [_wants_one(choice, schema) for choice in _choices(node, schema)]
+    return " or ".join(dict.fromkeys(texts))
+
+
+def _wants_one(node: Json, schema: Json) -> str:
+    if "enum" in node or "const" in node:
+        values = [json.dumps(value) for value in node.get("enum", [node.get("const")])]
+        return " or ".join(values) if len(values) < 3 else f"one of {', '.join(values)}"
+    match node.get("type"):
+        case "integer":
+            return "a whole number" + _range(node)
+        case "number":
+            return "a number" + _range(node)
+        case "boolean":
+            return "true or false"
+        case "array":
+            least = " of at least one: " if node.get("minItems") else " of: "
+            return f"a list{least}{_wants(node['items'], schema)}"
+        case "object":
+            return "an object {...}"
+        case _:
+            return "a path" if node.get("format") == "path" else "text"
+
+
+def _range(node: Json) -> str:
+    low, high = node.get("minimum"), node.get("maximum")
+    above = node.get("exclusiveMinimum")
+    bounds = []
+    if low is not None:
+        bounds.append(f"from {low:g}" if abs(low) < 1e6 else f"from {low}")
+    if above is not None:
+        bounds.append(f"above {above:g}")
+    if high is not None:
+        bounds.append(f"to {int(high)}" if float(high).is_integer() else f"to {high:g}")
+    return " " + " ".join(bounds) if bounds else ""
