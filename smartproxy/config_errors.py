@@ -33,7 +33,8 @@ def one_line(error: ValidationError, data: Any, schema: Json, written_as: Mappin
         text = f"can't be read: {first['ctx']['error']}"  # a lone surrogate, too deep
     else:
         text = f"{path or 'the whole'}: got {_got(data, keys)}, wants {_wants(node, schema)}"
-    others = {_find(other["loc"], schema)[0] for other in problems[1:]} - {keys}
+    others = {_find(other["loc"], schema)[0] for other in problems[1:]}
+    others = {other for other in others if other != keys[: len(other)]}
     if not others:
         return text
     return f"{text} (and {len(others)} more problem{'s' if len(others) > 1 else ''})"
@@ -142,13 +143,9 @@ def _wants_one(node: Json, schema: Json) -> str:
 
 
 def _range(node: Json) -> str:
-    low, high = node.get("minimum"), node.get("maximum")
-    above = node.get("exclusiveMinimum")
-    bounds = []
-    if low is not None:
-        bounds.append(f"from {low:g}" if abs(low) < 1e6 else f"from {low}")
+    above, low, high = (node.get(bound) for bound in ("exclusiveMinimum", "minimum", "maximum"))
     if above is not None:
-        bounds.append(f"above {above:g}")
-    if high is not None:
-        bounds.append(f"to {int(high)}" if float(high).is_integer() else f"to {high:g}")
-    return " " + " ".join(bounds) if bounds else ""
+        return f" above {above}" + ("" if high is None else f", at most {high}")
+    if low is not None:
+        return f" of at least {low}" if high is None else f" from {low} to {high}"
+    return ""

@@ -6,6 +6,7 @@ Schema and the texts of configuration errors are all held to what stands here.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -28,6 +29,7 @@ from smartproxy.types import Strategy
 
 REPO_PATTERN = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 GPU_UUID_PATTERN = re.compile(r"(GPU|MIG)-[!-~]+")
+_NAME_RULE = "a name without commas, outer spaces, '/' or '-' in front, '/' at the end"
 API_KEY_PATTERN = re.compile(r"[!-~]+")
 
 
@@ -47,10 +49,12 @@ def _absolute(path: Path, info: ValidationInfo) -> Path:
     return path if folder is None else Path(os.path.abspath(folder / path))
 
 
-def _model_name(name: str) -> str:
-    """Refuse names that a URL path or llama-server's `--alias a,b` could not carry."""
-    if "," in name or name != name.strip() or name[0] in "/-" or name[-1] == "/":
-        raise ValueError("wants a name without commas, outer spaces, and '/' or '-' at its start")
+def check_model_name(name: str) -> str:
+    """Return the name; raises ValueError if a URL path or `--alias a,b` could not carry it."""
+    if not name.isprintable() or "," in name or name != name.strip() or not name.strip("/-"):
+        raise ValueError(f"wants {_NAME_RULE}")
+    if name[0] in "/-" or name[-1] == "/":
+        raise ValueError(f"wants {_NAME_RULE}")
     return name
 
 
@@ -60,10 +64,10 @@ def _repo(repo: str) -> str:
     return repo
 
 
-def _gpu_uuid(uuid: str) -> str:
-    if not GPU_UUID_PATTERN.fullmatch(uuid):
-        raise ValueError(f'got "{uuid}", wants a GPU number or a uuid such as "GPU-8f2a..."')
-    return uuid
+def _gpu_name(gpu: int | str) -> int | str:
+    if gpu < 0 if isinstance(gpu, int) else not GPU_UUID_PATTERN.fullmatch(gpu):
+        raise ValueError(f'got {json.dumps(gpu)}, wants a GPU number or a uuid such as "GPU-8f2a"')
+    return gpu
 
 
 def _api_key(key: str) -> str:
@@ -74,10 +78,10 @@ def _api_key(key: str) -> str:
 
 Text = Annotated[str, BeforeValidator(_printable)]
 FilePath = Annotated[Path, BeforeValidator(_printable), AfterValidator(_absolute)]
-ModelName = Annotated[Text, AfterValidator(_model_name)]
+ModelName = Annotated[Text, AfterValidator(check_model_name)]
 Repo = Annotated[Text, AfterValidator(_repo)]
 ApiKey = Annotated[str, AfterValidator(_api_key)]
-GpuName = Annotated[int, Field(ge=0)] | Annotated[str, AfterValidator(_gpu_uuid)]
+GpuName = Annotated[int | str, AfterValidator(_gpu_name)]
 #: at most half a year: every timer of the platform takes that
 Seconds = Annotated[float, Field(gt=0, le=15_552_000)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=15_552_000)]
