@@ -41,7 +41,7 @@ def load_settings(
     try:
         return _load(path, state_dir or _state_dir_of(environ))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(_visible(f"{path}: {error}")) from None
 
 
 def json_schema() -> dict[str, Any]:
@@ -113,6 +113,11 @@ def _validated(translation: Translation, folder: Path) -> Settings:
         raise ConfigError(line) from None
     except RecursionError:
         raise ConfigError("is nested too deeply") from None
+
+
+def _visible(text: str) -> str:
+    """Escape what would break the line: keys and values in a message are the file's own."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @cache

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 #: their values never appear in a message
 _SECRET = frozenset({"api_keys", "admin_keys", "env"})
 _SHOWN_CHARACTERS = 60
+_MAX_PATH_CHARACTERS = 200
 
 Json = Mapping[str, Any]
 
@@ -89,14 +90,13 @@ def _kind(node: Json, schema: Json) -> str | None:
 
 def _unknown_key(key: str, path: str, parent: Json, schema: Json) -> str:
     known = [name for one in _choices(parent, schema) for name in one.get("properties", {})]
-    near = difflib.get_close_matches(key, known, n=1)
-    if near:
-        return f'{path}: unknown key, did you mean "{near[0]}"?'
-    model_keys = schema["$defs"]["ModelSettings"]["properties"]
-    if key in model_keys:
+    if key in schema["$defs"]["ModelSettings"]["properties"]:
         return f"{path}: unknown key here, it goes under a model (models.NAME.{key})"
     if key in schema["properties"]:
         return f"{path}: unknown key here, it goes to the top of the file"
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f'{path}: unknown key, did you mean "{near[0]}"?'
     return f"{path}: unknown key, wants one of {', '.join(sorted(known))}"
 
 
@@ -105,7 +105,7 @@ def _written(path: str, written_as: Mapping[str, str]) -> str:
     for today, old in written_as.items():
         if path == today or path.startswith(f"{today}."):
             return f"{old}{path[len(today) :]}"
-    return path
+    return path if len(path) <= _MAX_PATH_CHARACTERS else path[:_MAX_PATH_CHARACTERS] + "..."
 
 
 def _got(data: Any, keys: Sequence[int | str]) -> str:

@@ -216,7 +216,7 @@ class Settings(_Section):
     default_model: Text | None = None
     """Model of requests that name none."""
     server_pool: ServerPool = ServerPool()
-    """How many models are loaded at once, and where their servers listen."""
+    """The pool of servers: its size and its ports."""
     ctx_size: ContextSize = 8192
     """Tokens of a server, all slots together, at most the model's own; "auto" is what fits."""
     parallel: Parallel = 4
