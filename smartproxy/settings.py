@@ -234,7 +234,7 @@ class Settings(_Section):
     gpu_poll_interval: float = Field(2, ge=0.1, le=3600)
     """Seconds between two looks at the GPUs."""
     gpu_allocation_strategy: Strategy = Strategy.SINGLE_GPU_PREFERRED
-    """One GPU where it fits; or distribute over all; or packed, the fullest that fits first."""
+    """One GPU where it fits, the one with most room; packed: the tightest; distribute: over all."""
     gpu_util_threshold: float = Field(50, ge=0, le=100)
     """A GPU busier than so many percent is taken last."""
     gpu_mem_threshold: float = Field(0.5, ge=0, le=1)
@@ -246,7 +246,7 @@ class Settings(_Section):
     partial_offload: bool = False
     """Keep some layers of a model that does not fit the GPUs there are in main memory."""
     min_residency: SecondsOrZero = 5
-    """Seconds that a loaded model is safe from eviction."""
+    """Seconds that a model is safe from eviction once it is loaded."""
     ttl: SecondsOrZero | None = None
     """Unload a model after so many seconds without a request; 0 is never."""
     queue_timeout: Seconds = 300
