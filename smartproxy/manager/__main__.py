@@ -1,0 +1,210 @@
+"""The manager process: settings, single-instance lock, signals, scheduler jobs, the main loop.
+
+`python -m smartproxy.manager`, or `smartproxy manager`. Exit codes: 0 stopped on request, 2 bad
+configuration, 3 another manager has this state directory, 4 the state file vanished under us.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from apscheduler.schedulers.background import BackgroundScheduler
+
+from smartproxy.catalog import build_catalog
+from smartproxy.config import load_settings
+from smartproxy.errors import ConfigError
+from smartproxy.lifetime import die_with_parent, worker_alive
+from smartproxy.log import setup_logging
+from smartproxy.manager import binary, needs
+from smartproxy.manager.act import stop_all
+from smartproxy.manager.adopt import adopt_all
+from smartproxy.manager.core import Manager
+from smartproxy.manager.gpus import Watcher
+from smartproxy.manager.poke import Doorbell
+from smartproxy.manager.tick import tick
+from smartproxy.manager.watch import trim_logs, watch
+from smartproxy.settings import Settings
+from smartproxy.state import demand, fleet, store
+
+logger = logging.getLogger(__name__)
+
+EXIT_CONFIG, EXIT_LOCKED, EXIT_STATE_LOST = 2, 3, 4
+LOCK_PATIENCE_S = 15.0
+HEARTBEAT_S = 1.0
+#: pause between passes while models wait for room
+WAITING_TICK_S = 0.02
+IDLE_TICK_S = 1.0
+#: TERM, TERM and KILL of every server at once, with room to spare
+STOP_DEADLINE_S = 45.0
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT. Returns the exit code."""
+    die_with_parent()
+    setup_logging()
+    try:
+        settings = load_settings()
+        lock = _lock(settings.state_dir)
+        if lock is None:
+            logger.error("another manager runs on %s", settings.state_dir)
+            return EXIT_LOCKED
+        return _run(settings)
+    except ConfigError as error:
+        logger.error("%s", error)
+        return EXIT_CONFIG
+
+
+def _lock(state_dir: Path) -> int | None:
+    """Return the held lock (kept open until we end), or None. Waits for one that is just ending."""
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(state_dir / "manager.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.05)
+
+
+def _run(settings: Settings) -> int:
+    for warning in settings.warnings:
+        logger.warning("%s", warning)
+    catalog = build_catalog(settings)
+    for spec in catalog.models.values():
+        if spec.problem:
+            logger.warning("model '%s' can't be loaded: %s", spec.id, spec.problem)
+    path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
+    state, complaint = store.create(settings.state_dir / "state.db")
+    if complaint:
+        logger.warning("%s", complaint)
+    doorbell = Doorbell(settings.state_dir / "manager.sock")
+    manager = Manager(
+        settings=settings,
+        catalog=catalog,
+        store=state,
+        binary=binary.inspect(path, library_dir, os.environ),
+        threads=ThreadPoolExecutor(max_workers=128, thread_name_prefix="server"),
+        poke=doorbell.poke,
+        preload={spec.id for spec in catalog.models.values() if spec.preload},
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stopper(manager))
+    return _serve(manager, doorbell)
+
+
+def _stopper(manager: Manager) -> Callable[[int, FrameType | None], None]:
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        manager.stopping.set()
+        manager.poke()
+
+    return stop
+
+
+def _serve(manager: Manager, doorbell: Doorbell) -> int:
+    fleet.update_manager(
+        manager.store,
+        {
+            "pid": os.getpid(),
+            "started_at": time.time(),
+            "heartbeat_at": time.time(),
+            "stopping": 0,
+            "llama_server": str(manager.binary.path),
+            "build": manager.binary.build,
+        },
+    )
+    logger.info(
+        "manager up pid=%d models=%d llama-server=%s (%s)",
+        *(os.getpid(), len(manager.catalog.models)),
+        *(manager.binary.path, manager.binary.build),
+    )
+    adopt_all(manager)
+    watcher = Watcher(manager)
+    scheduler = _schedule(manager, watcher)
+    try:
+        return _loop(manager, doorbell, scheduler)
+    finally:
+        scheduler.shutdown(wait=False)
+        watcher.close()
+
+
+def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
+    scheduler = BackgroundScheduler(
+        job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
+    )
+    poll_s = manager.settings.gpu_poll_interval
+    scheduler.add_job(watcher.look, "interval", seconds=poll_s, id="look", next_run_time=_now())
+    scheduler.add_job(_heartbeat, "interval", [manager], seconds=HEARTBEAT_S)
+    scheduler.add_job(watch, "interval", [manager], seconds=2)
+    scheduler.add_job(_tidy, "interval", [manager], seconds=60)
+    scheduler.add_job(needs.publish_models, args=[manager])
+    # APScheduler tells every run at INFO
+    logging.getLogger("apscheduler").setLevel(logging.WARNING)
+    scheduler.start()
+    return scheduler
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) -> int:
+    soon = False
+    while not manager.stopping.is_set():
+        if manager.store.moved():
+            logger.error("state file %s vanished: starting anew", manager.store.path)
+            return EXIT_STATE_LOST
+        try:
+            soon = tick(manager, time.time())
+        except Exception:  # the tick boundary: one bad pass must not take the servers down
+            logger.exception("tick failed")
+            soon = False
+        doorbell.watch(manager.children)
+        if b"look" in doorbell.wait(WAITING_TICK_S if soon else IDLE_TICK_S):
+            scheduler.modify_job("look", next_run_time=_now())
+    logger.info("stopping")
+    fleet.update_manager(manager.store, {"stopping": 1})
+    _refuse_all(manager)
+    stop_all(manager, STOP_DEADLINE_S)
+    fleet.update_manager(manager.store, {"pid": None, "heartbeat_at": None})
+    logger.info("stopped")
+    return 0
+
+
+def _refuse_all(manager: Manager) -> None:
+    ids = [wish.id for wish in demand.open_demands(manager.store)]
+    demand.answer(
+        manager.store,
+        ids,
+        now=time.time(),
+        error_code="shutting_down",
+        message="the proxy is being stopped",
+    )
+
+
+def _heartbeat(manager: Manager) -> None:
+    now = time.time()
+    fleet.update_manager(manager.store, {"heartbeat_at": now})
+    dead = [name for name in demand.workers_seen(manager.store) if not worker_alive(name)]
+    demand.clear_expired(manager.store, now=now, dead_workers=dead)
+
+
+def _tidy(manager: Manager) -> None:
+    fleet.prune(manager.store, now=time.time())
+    trim_logs(manager)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

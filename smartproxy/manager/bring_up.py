@@ -1,0 +1,273 @@
+"""Start one server and see it become ready, or say why not. Runs in a thread of its own.
+
+Input: a row in state starting, written by the tick. Output: the row in ready or failed.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import requests
+
+from smartproxy.catalog import ModelSpec
+from smartproxy.errors import LoadFailed, LoadTimeout, SmartProxyError
+from smartproxy.manager import process
+from smartproxy.manager.core import Manager
+from smartproxy.manager.launch import command, environment
+from smartproxy.manager.process import Child
+from smartproxy.state import fleet
+from smartproxy.types import Placement, ServerState
+
+logger = logging.getLogger(__name__)
+
+#: how often a starting server is asked; readiness is answered on its HTTP thread in microseconds
+PROBE_EVERY_S = 0.01
+PROBE_TIMEOUT_S = 2.0
+#: how often its progress is looked at
+PROGRESS_EVERY_S = 0.5
+PORT_TRIES = 5
+DRAIN_LOOK_EVERY_S = 0.02
+
+
+def bring_up(manager: Manager, server_id: int, spec: ModelSpec, placement: Placement) -> None:
+    """Start the server of a row in state starting and carry it to ready or failed."""
+    try:
+        _start_and_wait(manager, server_id, spec, placement)
+    except SmartProxyError as error:
+        _failed(manager, server_id, spec.id, error)
+    except OSError as error:
+        _failed(manager, server_id, spec.id, LoadFailed(f"model '{spec.id}': {error}"))
+    finally:
+        manager.poke()
+
+
+def resume(manager: Manager, server_id: int, spec: ModelSpec) -> None:
+    """Go on waiting for a server that an earlier manager started."""
+    try:
+        _await_ready(manager, server_id, spec)
+    except SmartProxyError as error:
+        _failed(manager, server_id, spec.id, error)
+    finally:
+        manager.poke()
+
+
+def _start_and_wait(
+    manager: Manager, server_id: int, spec: ModelSpec, placement: Placement
+) -> None:
+    for left in reversed(range(PORT_TRIES)):
+        row = fleet.server(manager.store, server_id)
+        child = process.spawn(
+            command(manager.binary, spec, placement, row["port"]),
+            environment(
+                manager.binary,
+                spec,
+                placement,
+                environ=os.environ,
+                api_key=row["api_key"],
+                state_dir=manager.settings.state_dir,
+            ),
+            Path(row["log_path"]),
+        )
+        manager.children[server_id] = child
+        fleet.update_server(
+            manager.store, server_id, {"pid": child.pid, "pid_started_at": child.started_at}
+        )
+        try:
+            _await_ready(manager, server_id, spec)
+            return
+        except PortTaken:
+            if left == 0:
+                raise
+            port = free_port(manager, after=row["port"])
+            logger.warning("server %d: port %d is taken, trying %d", server_id, row["port"], port)
+            fleet.update_server(manager.store, server_id, {"port": port})
+
+
+class PortTaken(LoadFailed):
+    """Somebody else listens on the port we chose."""
+
+
+def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
+    row = fleet.server(manager.store, server_id)
+    child, log_path = manager.children[server_id], Path(row["log_path"])
+    began = time.monotonic()
+    progress = Progress(child=child, log_path=log_path, at=began)
+    while not healthy(row["port"]):
+        if not child.alive():
+            log = process.tail(log_path)
+            kind = PortTaken if process.PORT_TAKEN.search(log) else LoadFailed
+            why = process.explain_exit(child.exit_code(), log)
+            raise kind(f"model '{spec.id}' did not load: its llama-server {why} (log: {log_path})")
+        now = time.monotonic()
+        _check_deadlines(manager, spec.id, waited_s=now - began, idle_s=progress.idle_s(now))
+        time.sleep(PROBE_EVERY_S)
+    load_s = time.time() - row["created_at"]
+    fleet.transition(
+        manager.store,
+        server_id,
+        ServerState.STARTING,
+        ServerState.READY,
+        now=time.time(),
+        reason=f"ready after {load_s:.2f} s",
+        columns={"ready_at": time.time(), "load_s": load_s, "last_used_at": time.time()},
+    )
+    manager.failures.pop(spec.id, None)
+
+
+def _check_deadlines(manager: Manager, model_id: str, *, waited_s: float, idle_s: float) -> None:
+    settings = manager.settings
+    if idle_s > settings.load_stall_timeout:
+        raise LoadTimeout(
+            f"model '{model_id}' made no progress for {idle_s:.0f} s while loading"
+            f" (load_stall_timeout is {settings.load_stall_timeout:g} s)"
+        )
+    if waited_s > settings.load_timeout:
+        raise LoadTimeout(
+            f"model '{model_id}' was not ready after {waited_s:.0f} s"
+            f" (load_timeout is {settings.load_timeout:g} s)"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Signs of a load that goes on: log, memory and disk reads grow. CPU time is none: a hung
+    process may spin."""
+
+    child: Child
+    log_path: Path
+    at: float
+    seen: tuple[int, ...] = ()
+    looked_at: float = 0.0
+
+    def idle_s(self, now: float) -> float:
+        """Return seconds since something last moved."""
+        if now - self.looked_at >= PROGRESS_EVERY_S:
+            self.looked_at = now
+            signs = self._signs()
+            if signs != self.seen:
+                self.seen, self.at = signs, now
+        return now - self.at
+
+    def _signs(self) -> tuple[int, ...]:
+        try:
+            log_bytes = self.log_path.stat().st_size
+            child = psutil.Process(self.child.pid)
+            return log_bytes, child.memory_info().rss >> 20, child.io_counters().read_chars >> 20
+        except (OSError, psutil.Error):
+            return ()
+
+
+def healthy(port: int) -> bool:
+    """Return whether the server on a port says it is ready (not: the port is open)."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PROBE_TIMEOUT_S)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def free_port(manager: Manager, *, after: int | None = None) -> int:
+    """Return a port from `server_pool.port_start` on that no live server has and nobody listens on.
+
+    Raises LoadFailed when 1000 in a row are taken.
+    """
+    first = manager.settings.server_pool.port_start
+    ours = {row["port"] for row in fleet.live_servers(manager.store)}
+    for port in range((after + 1) if after else first, min(first + 1000, 65536)):
+        if port not in ours and _bindable(port):
+            return port
+    raise LoadFailed(f"no free port from server_pool.port_start = {first} on")
+
+
+def _bindable(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _failed(manager: Manager, server_id: int, model_id: str, error: SmartProxyError) -> None:
+    """Carry a server that would not start to failed; its process, if any, is ended first."""
+    child = manager.children.pop(server_id, None)
+    if child is not None:
+        process.stop(child, grace_s=1.0)
+    moved = fleet.transition(
+        manager.store,
+        server_id,
+        ServerState.STARTING,
+        ServerState.FAILED,
+        now=time.time(),
+        reason=str(error),
+        columns={
+            "error_code": error.code,
+            "error_message": str(error),
+            "exit_code": child.exit_code() if child else None,
+        },
+    )
+    if moved:  # else it was being stopped on purpose: no failure
+        manager.failed(model_id, error.code, str(error))
+
+
+def drain(manager: Manager, server_id: int) -> None:
+    """Wait until nothing is in flight on a draining server, then end it."""
+    while True:
+        row = next((r for r in fleet.live_servers(manager.store) if r["id"] == server_id), None)
+        if row is None or row["state"] != ServerState.DRAINING:
+            return  # it died, or a full stop took over
+        # leases are ours; what nginx carries only the server itself knows
+        if not row["leased"] and not slots_busy(row["port"], row["api_key"]):
+            break
+        time.sleep(DRAIN_LOOK_EVERY_S)
+    if fleet.transition(
+        manager.store,
+        server_id,
+        ServerState.DRAINING,
+        ServerState.STOPPING,
+        now=time.time(),
+        reason="drained",
+    ):
+        take_down(manager, server_id)
+
+
+def slots_busy(port: int, api_key: str) -> int:
+    """Return how many slots a server is using; 0 when it does not say."""
+    try:
+        answer = requests.get(
+            f"http://127.0.0.1:{port}/slots",
+            headers={"Authorization": f"Bearer {api_key}"},
+            timeout=PROBE_TIMEOUT_S,
+        )
+        return sum(bool(slot.get("is_processing")) for slot in answer.json())
+    except (requests.RequestException, ValueError, AttributeError):
+        return 0
+
+
+def take_down(manager: Manager, server_id: int) -> None:
+    """End the process of a row in state stopping and carry it to stopped."""
+    child = manager.children.get(server_id)
+    began = time.monotonic()
+    said = process.stop(child) if child is not None else "it had no process"
+    fleet.transition(
+        manager.store,
+        server_id,
+        ServerState.STOPPING,
+        ServerState.STOPPED,
+        now=time.time(),
+        reason=f"{said}, {time.monotonic() - began:.2f} s",
+        columns={"exit_code": child.exit_code() if child else None},
+    )
+    manager.children.pop(server_id, None)
+    manager.poke()

@@ -1,0 +1,147 @@
+"""The state file, the last look at the GPUs and the processes as one Snapshot of plain values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from smartproxy.errors import SmartProxyError
+from smartproxy.manager import needs
+from smartproxy.manager.core import Manager
+from smartproxy.state import demand, fleet
+from smartproxy.state.demand import Demand
+from smartproxy.state.store import Row
+from smartproxy.types import (
+    MIB,
+    Gpu,
+    Hold,
+    PlanSettings,
+    RunningServer,
+    ServerState,
+    Snapshot,
+    WaitingLoad,
+)
+
+
+def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
+    """Return everything the planner may look at.
+
+    Demands whose model's need can't be known (its file is missing or unreadable) are answered with
+    that reason here and do not reach the planner.
+    """
+    live = fleet.live_servers(manager.store)
+    gpus = manager.gpus.gpus if manager.gpus else None
+    settings = manager.settings
+    return Snapshot(
+        now=now,
+        gpus=gpus,
+        servers=tuple(_running(manager, live, gpus or (), demands)),
+        loads=tuple(_waiting(manager, live, demands, now)),
+        settings=PlanSettings(
+            pool_size=settings.server_pool.size,
+            headroom_bytes=settings.gpu_headroom_mb * MIB,
+            gpu_util_threshold=settings.gpu_util_threshold,
+            gpu_mem_threshold=settings.gpu_mem_threshold,
+            min_residency_s=settings.min_residency,
+            queue_timeout_s=settings.queue_timeout,
+        ),
+    )
+
+
+def _running(
+    manager: Manager, live: list[Row], gpus: tuple[Gpu, ...], demands: list[Demand]
+) -> Iterator[RunningServer]:
+    wanted = Counter(wish.model_id for wish in demands if wish.kind == "load")
+    promised = fleet.assignments(manager.store) if gpus else {}
+    shown = {
+        (gpu.uuid, process.pid): process.used_bytes or 0
+        for gpu in gpus
+        for process in gpu.processes
+    }
+    for row in live:
+        spec = manager.catalog.models.get(row["model_id"])
+        yield RunningServer(
+            server_id=row["id"],
+            model_id=row["model_id"],
+            state=ServerState(row["state"]),
+            holds={
+                part["gpu_uuid"]: Hold(
+                    reserved_bytes=part["reserved_bytes"],
+                    visible_bytes=shown.get((part["gpu_uuid"], row["pid"]), 0),
+                )
+                for part in promised.get(row["id"], [])
+            },
+            # who waits for a server that is ready is about to use it
+            busy=row["leased"] + wanted[row["model_id"]],
+            pinned=bool(spec and spec.pinned),
+            created_at=row["created_at"],
+            ready_at=row["ready_at"],
+            last_used_at=row["used_at"],
+            load_s=row["load_s"] or 0.0,
+            on_cpu_for_want_of_gpu=bool(row["on_cpu_for_want_of_gpu"]),
+        )
+
+
+def _waiting(
+    manager: Manager, live: list[Row], demands: list[Demand], now: float
+) -> Iterator[WaitingLoad]:
+    up = {row["model_id"] for row in live}
+    waiting: dict[str, WaitingLoad] = {}
+    for model_id, asked_at in _wanted(manager, demands, now):
+        if model_id in up:
+            continue
+        if model_id in waiting:
+            earlier = waiting[model_id]
+            waiting[model_id] = replace(earlier, requests=earlier.requests + 1)
+            continue
+        spec = manager.catalog.models[model_id]
+        try:
+            waiting[model_id] = WaitingLoad(
+                model_id=model_id,
+                asked_at=asked_at,
+                expires_at=asked_at + manager.settings.queue_timeout,
+                requests=1,
+                need=needs.need_of(manager, spec),
+                policy=needs.policy_of(manager, spec),
+            )
+        except SmartProxyError as error:
+            _refuse_unreadable(manager, model_id, demands, error, now)
+    yield from waiting.values()
+
+
+def _wanted(manager: Manager, demands: list[Demand], now: float) -> Iterator[tuple[str, float]]:
+    for wish in demands:
+        if wish.kind == "load":
+            yield wish.model_id, wish.asked_at
+    for model_id in sorted(manager.preload):
+        yield model_id, now
+
+
+def _refuse_unreadable(
+    manager: Manager, model_id: str, demands: list[Demand], error: SmartProxyError, now: float
+) -> None:
+    ids = [wish.id for wish in demands if wish.kind == "load" and wish.model_id == model_id]
+    demand.answer(manager.store, ids, now=now, error_code="model_load_failed", message=str(error))
+    manager.preload.discard(model_id)
+    fleet.event(manager.store, now, "load", f"model '{model_id}': {error}", model_id=model_id)
+
+
+def idle_too_long(
+    manager: Manager, demands: list[Demand], now: float
+) -> Iterator[tuple[str, float]]:
+    """Yield model and idle seconds of ready servers past their ttl that nobody uses or wants."""
+    wanted = {wish.model_id for wish in demands if wish.kind == "load"}
+    for row in fleet.live_servers(manager.store):
+        spec = manager.catalog.models.get(row["model_id"])
+        idle_s = now - row["used_at"]
+        if (
+            row["state"] == ServerState.READY
+            and spec is not None
+            and spec.ttl_s
+            and not spec.pinned
+            and not row["leased"]
+            and row["model_id"] not in wanted
+            and idle_s > spec.ttl_s
+        ):
+            yield row["model_id"], idle_s

@@ -1,0 +1,163 @@
+"""One child process: start it, find it again, see it end, stop it.
+
+Children live in a session of their own: they survive the manager, for its successor to adopt.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from smartproxy.lifetime import same_process, started_at
+
+#: TERM, this long, TERM again, this long, KILL. A stream in flight makes llama-server ignore the
+#: first TERM for up to its ping interval; the second always ends it.
+TERM_GRACE_S = 5.0
+SECOND_TERM_GRACE_S = 2.0
+KILL_GRACE_S = 30.0
+TAIL_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    """A llama-server process, ours by birth (popen) or adopted."""
+
+    pid: int
+    started_at: float
+    popen: subprocess.Popen[bytes] | None = field(default=None, compare=False)
+
+    def alive(self) -> bool:
+        """Return whether it still runs; reaps it if it is ours and has ended."""
+        if self.popen is not None:
+            return self.popen.poll() is None
+        return same_process(self.pid, self.started_at)
+
+    def exit_code(self) -> int | None:
+        """Return its exit code (negative: the signal); None while it runs or if adopted."""
+        return self.popen.poll() if self.popen is not None else None
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until it has ended, at most timeout_s. True = it has."""
+        deadline = time.monotonic() + timeout_s
+        while self.alive():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            if self.popen is not None:
+                try:
+                    self.popen.wait(left)
+                except subprocess.TimeoutExpired:
+                    return False
+            else:
+                time.sleep(min(0.02, left))
+        return True
+
+
+def spawn(argv: Sequence[str], env: Mapping[str, str], log_path: Path) -> Child:
+    """Start a process in its own session, both outputs appended to its log. Raises OSError."""
+    log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        popen = subprocess.Popen(
+            list(argv),
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            start_new_session=True,
+        )
+    finally:
+        os.close(descriptor)
+    # it can't be reaped by anybody else before we ask, so it has a start time even if it ended
+    return Child(pid=popen.pid, started_at=started_at(popen.pid) or time.time(), popen=popen)
+
+
+def adopt(pid: int | None, process_started_at: float | None) -> Child | None:
+    """Return the child of an earlier manager if that very process still lives."""
+    if pid is None or process_started_at is None or not same_process(pid, process_started_at):
+        return None
+    return Child(pid=pid, started_at=process_started_at)
+
+
+def stop(child: Child, *, grace_s: float = TERM_GRACE_S) -> str:
+    """End a child: TERM, TERM, KILL with deadlines, and wait for its exit. Says what it took."""
+    steps = (
+        (signal.SIGTERM, grace_s, "ended at the first TERM"),
+        (signal.SIGTERM, SECOND_TERM_GRACE_S, "ended at the second TERM"),
+        (signal.SIGKILL, KILL_GRACE_S, "had to be killed"),
+    )
+    for number, patience_s, said in steps:
+        _signal_group(child, number)
+        if child.wait(patience_s):
+            return said
+    return "did not end even when killed"
+
+
+def _signal_group(child: Child, number: int) -> None:
+    if not child.alive():
+        return
+    try:
+        # its own session, so its group id is its pid: grandchildren get the signal too
+        os.killpg(child.pid, number)
+    except ProcessLookupError:
+        return
+
+
+# --- logs ------------------------------------------------------------------------------------
+
+#: in order of how well they explain an end; llama-server's last line seldom does
+TELLING = (
+    re.compile(r"out of memory|failed to allocate|unable to allocate|cudaMalloc failed", re.I),
+    re.compile(r"error loading model|invalid argument|error while handling argument", re.I),
+    re.compile(r"couldn't bind|CUDA error|GGML_ASSERT|terminate called|unknown model", re.I),
+    re.compile(r"^(?:[\d.]+ )?E |\berror\b|\bfailed\b", re.I),
+)
+PREFIX = re.compile(r"^(?:[\d.]+ [A-Z] )?(?:(?:srv|slot|cmn|llama)\s+)?")
+OUT_OF_MEMORY = TELLING[0]
+PORT_TAKEN = re.compile(r"couldn't bind HTTP server socket")
+SIGNALS = {
+    signal.SIGILL: "it uses CPU instructions that this machine lacks; install another build",
+    signal.SIGKILL: "killed, perhaps by the kernel for want of memory (see dmesg)",
+    signal.SIGABRT: "it aborted",
+    signal.SIGSEGV: "it crashed",
+}
+
+
+def tail(log_path: Path) -> str:
+    """Return the end of a log, or nothing when there is none."""
+    try:
+        with log_path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def last_useful_line(log: str) -> str:
+    """Return the line of a log that best says why a server ended."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for pattern in TELLING:
+        for line in lines:
+            if pattern.search(line):
+                return PREFIX.sub("", line)[:500]
+    return PREFIX.sub("", lines[-1])[:500] if lines else "its log is empty"
+
+
+def explain_exit(exit_code: int | None, log: str) -> str:
+    """Return in words why a server ended: exit code or signal, and the telling log line."""
+    if exit_code is None:
+        how = "ended"
+    elif exit_code < 0:
+        number = signal.Signals(-exit_code)
+        how = f"ended by {number.name}"
+        if number in SIGNALS:
+            how += f" ({SIGNALS[number]})"
+    else:
+        how = f"exited with code {exit_code}"
+    return f"{how}: {last_useful_line(log)}"

@@ -1,0 +1,28 @@
+"""The whole manager on one screen: look, decide, act, write what happened.
+
+Runs in the main thread only, whenever something happened and at least once a second. It never
+blocks: starting, draining and stopping run in threads, which move rows and poke.
+"""
+
+from __future__ import annotations
+
+from smartproxy.manager.act import carry_out, notice_exits, unload
+from smartproxy.manager.core import Manager
+from smartproxy.manager.look import idle_too_long, snapshot
+from smartproxy.manager.plan import plan
+from smartproxy.manager.settle import answer_settled
+from smartproxy.state import demand
+
+
+def tick(manager: Manager, now: float) -> bool:
+    """Make one pass. Returns whether models wait for room, so that the next pass comes soon."""
+    notice_exits(manager, now)
+    demands = answer_settled(manager, demand.open_demands(manager.store), now)
+    for wish in demands:
+        if wish.kind == "unload":
+            unload(manager, wish.model_id, "unloaded by request", now)
+    for model_id, idle_s in idle_too_long(manager, demands, now):
+        unload(manager, model_id, f"idle for {idle_s:.0f} s (ttl)", now)
+    decision = plan(snapshot(manager, demands, now))
+    carry_out(manager, decision, demands, now)
+    return bool(decision.waits or decision.evictions)

@@ -1,0 +1,81 @@
+"""Ask each ready server how it does: /metrics and /slots into its row. Runs as a scheduler job."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import requests
+
+from smartproxy.manager.core import Manager
+from smartproxy.state import fleet
+from smartproxy.state.store import Row
+from smartproxy.types import ServerState
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 2.0
+METRIC = re.compile(r"^llamacpp:(\w+) ([-+.eE\d]+)$", re.M)
+#: a log over this size is cut back; llama-server appends, so that it goes on at the new end
+LOG_LIMIT_BYTES = 64 << 20
+
+
+def watch(manager: Manager) -> None:
+    """Write what every ready server says of itself; one that does not answer keeps its last."""
+    ready = [r for r in fleet.live_servers(manager.store) if r["state"] == ServerState.READY]
+    if not ready:
+        return
+    with ThreadPoolExecutor(max_workers=min(8, len(ready))) as pool:
+        for row, seen in zip(ready, pool.map(_ask, ready), strict=True):
+            if seen:
+                fleet.update_server(manager.store, row["id"], seen)
+
+
+def _ask(row: Row) -> dict[str, Any]:
+    """Return columns, or nothing when the server does not answer in time."""
+    session = requests.Session()
+    session.headers["Authorization"] = f"Bearer {row['api_key']}"
+    base = f"http://127.0.0.1:{row['port']}"
+    try:
+        metrics = dict(METRIC.findall(session.get(f"{base}/metrics", timeout=TIMEOUT_S).text))
+        slots = session.get(f"{base}/slots", timeout=TIMEOUT_S).json()
+    except (requests.RequestException, ValueError):
+        return {}
+    if not metrics or not isinstance(slots, list):
+        return {}
+    return _columns(row, {name: float(value) for name, value in metrics.items()}, slots)
+
+
+def _columns(row: Row, metrics: dict[str, float], slots: list[dict[str, Any]]) -> dict[str, Any]:
+    now = time.time()
+    predicted = metrics.get("tokens_predicted_total", 0.0)
+    # the server's own tokens/s gauge is reset by every scrape: the counters are not
+    before, before_at = row["predicted_tokens_total"], row["watched_at"]
+    rate = max(0.0, predicted - before) / (now - before_at) if before_at else 0.0
+    return {
+        "watched_at": now,
+        "slots_total": len(slots),
+        "slots_busy": sum(bool(slot.get("is_processing")) for slot in slots),
+        "requests_processing": int(metrics.get("requests_processing", 0)),
+        "requests_deferred": int(metrics.get("requests_deferred", 0)),
+        "prompt_tokens_total": metrics.get("prompt_tokens_total", 0.0),
+        "predicted_tokens_total": predicted,
+        "tokens_per_second": round(rate, 2),
+    }
+
+
+def trim_logs(manager: Manager, keep: int = 100) -> None:
+    """Cut logs that grew too long and delete all but the newest of ended servers."""
+    logs = sorted(manager.log_dir.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    live = {row["log_path"] for row in fleet.live_servers(manager.store)}
+    for path in logs[:-keep]:
+        if str(path) not in live:
+            path.unlink(missing_ok=True)
+    for path in logs[-keep:]:
+        if path.stat().st_size > LOG_LIMIT_BYTES:
+            logger.info("log %s passed %d MB: emptied", path, LOG_LIMIT_BYTES >> 20)
+            with path.open("r+b") as file:
+                file.truncate(0)

@@ -1,0 +1,72 @@
+"""The Flask application of one worker: settings in, routes and error handling out."""
+
+from __future__ import annotations
+
+import logging
+
+from flask import Flask, Response, jsonify
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from smartproxy.catalog import build_catalog
+from smartproxy.errors import (
+    RequestTooLarge,
+    RouteNotFound,
+    SmartProxyError,
+    openai_body,
+)
+from smartproxy.proxy import operations, routes
+from smartproxy.proxy.ensure import Broker
+from smartproxy.settings import Settings
+from smartproxy.state.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings) -> Flask:
+    """Return the WSGI application. Call it after the fork: it holds sockets and threads."""
+    app = Flask(__name__, static_folder=None)
+    app.url_map.merge_slashes = False
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mb << 20
+    catalog = build_catalog(settings)
+    store = Store(settings.state_dir / "state.db")
+    app.register_blueprint(operations.blueprint(settings, catalog, store))
+    app.register_blueprint(routes.blueprint(settings, catalog, Broker(store, settings)))
+    _handle_errors(app, settings)
+    return app
+
+
+def _handle_errors(app: Flask, settings: Settings) -> None:
+    """The one place where an error becomes an answer."""
+
+    @app.errorhandler(SmartProxyError)
+    def ours(error: SmartProxyError) -> Response:
+        return error_response(error)
+
+    @app.errorhandler(RequestEntityTooLarge)
+    def too_large(_: RequestEntityTooLarge) -> Response:
+        return error_response(
+            RequestTooLarge(f"the body is larger than {settings.max_body_mb} MB (max_body_mb)")
+        )
+
+    @app.errorhandler(HTTPException)
+    def werkzeug(error: HTTPException) -> Response:
+        if error.code is not None and error.code >= 500:
+            return unexpected(error)
+        return error_response(RouteNotFound("no such route here"))
+
+    @app.errorhandler(Exception)
+    def unexpected(error: Exception) -> Response:
+        logger.exception("a fault of ours")
+        return error_response(
+            SmartProxyError(f"a fault of the proxy itself ({type(error).__name__}): see its log")
+        )
+
+
+def error_response(error: SmartProxyError) -> Response:
+    """Return an error in OpenAI's shape; the header tells ours from a server's."""
+    response = jsonify(openai_body(error))
+    response.status_code = error.http_status
+    response.headers["X-Smartproxy-Error"] = error.code
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    return response

@@ -1,0 +1,275 @@
+"""Get a request a ready server, or the reason why not. Runs in the worker's relay loop.
+
+From memory while the model is loaded: routes are read again only when the manager changed one, and
+a lease is written only when a server goes from idle to busy. Otherwise: one demand row, a poke, and
+waiting until the state file says ready or why not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, SmartProxyError, from_code
+from smartproxy.lifetime import worker_id
+from smartproxy.proxy.relay import Grant
+from smartproxy.settings import Settings
+from smartproxy.state import demand
+from smartproxy.state.demand import Route
+from smartproxy.state.store import Store
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+#: how often a waiting request looks whether the file has moved; a look costs microseconds
+LOOK_EVERY_S = 0.003
+#: how long an idle server's lease is kept before it is given back: sequential requests of one
+#: client then cost no writes, and an eviction waits at most this long for it
+LINGER_S = 0.05
+#: a manager that has not given a sign for so long does not answer
+HEARTBEAT_STALE_S = 5.0
+#: a killed manager is back within a second or two: who waits is not sent away before
+MANAGER_PATIENCE_S = 12.0
+#: a server that just cut a request short is avoided this long; then it is worth a second try
+AVOID_S = 2.0
+
+
+class Broker:
+    """One per worker process; all methods but the constructor run in the relay loop."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._settings = settings
+        self._worker = worker_id()
+        self._routes: dict[str, Route] = {}
+        self._generation = -1
+        self._data_version = -1
+        self._in_flight: Counter[int] = Counter()
+        #: servers with a lease of ours in the file; a task while it is being written
+        self._leases: dict[int, asyncio.Task[bool]] = {}
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
+        self._poke_socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._poke_socket.setblocking(False)
+        self._renewing: asyncio.Task[None] | None = None
+
+    # --- what the relay uses ---------------------------------------------------------------
+
+    async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Grant:
+        """Return a hold on a ready server of a model, loading it if need be.
+
+        avoid_server_id: that one just died under the caller. Raises any SmartProxyError of SPEC 2.
+        """
+        avoid_until = time.monotonic() + AVOID_S
+        while True:
+            if time.monotonic() > avoid_until:
+                avoid_server_id = None
+            route = self._ready_route(model_id, avoid_server_id)
+            if route is None:
+                await self._wait_for_load(model_id, avoid_server_id, avoid_until)
+            elif await self._take(route.server_id):
+                return Grant(
+                    server_id=route.server_id,
+                    host=route.host,
+                    port=route.port,
+                    api_key=route.api_key,
+                    model_id=model_id,
+                )
+            else:
+                self._generation = -1  # it is no longer ready: read the routes again
+
+    def release(self, grant: Grant) -> None:
+        """Give a hold back."""
+        server_id = grant.server_id
+        self._in_flight[server_id] -= 1
+        if self._in_flight[server_id] == 0:
+            used_at = time.time()
+            asyncio.get_running_loop().call_later(LINGER_S, self._give_back, server_id, used_at)
+
+    # --- leases ----------------------------------------------------------------------------
+
+    async def _take(self, server_id: int) -> bool:
+        """Count a request on a server, writing the lease if there is none yet."""
+        self._in_flight[server_id] += 1
+        writing = self._leases.get(server_id)
+        if writing is None:
+            writing = asyncio.create_task(self._write_lease(server_id))
+            self._leases[server_id] = writing
+            self._keep_renewing()
+        taken = False
+        try:
+            taken = await asyncio.shield(writing)
+        finally:
+            if not taken:
+                self._in_flight[server_id] -= 1
+                if writing.done() and self._leases.get(server_id) is writing:
+                    del self._leases[server_id]
+                elif self._in_flight[server_id] == 0:
+                    self._give_back(server_id, time.time())
+        return taken
+
+    async def _write_lease(self, server_id: int) -> bool:
+        return await self._write(
+            lambda: demand.take_lease(self._store, self._worker, server_id, now=time.time())
+        )
+
+    def _give_back(self, server_id: int, used_at: float) -> None:
+        writing = self._leases.get(server_id)
+        if self._in_flight[server_id] or writing is None:
+            return
+        if not writing.done():  # asked and gone before the lease was even written
+            writing.add_done_callback(lambda _: self._give_back(server_id, used_at))
+            return
+        del self._leases[server_id]
+        del self._in_flight[server_id]
+        # the writer is one thread: a new lease on this server can only be written after this
+        self._writer.submit(
+            demand.release_lease, self._store, self._worker, server_id, last_used_at=used_at
+        )
+
+    def _keep_renewing(self) -> None:
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        """Renew leases and demands while there are any."""
+        while True:
+            await asyncio.sleep(demand.RENEW_S)
+            try:
+                await self._write(lambda: demand.renew(self._store, self._worker, now=time.time()))
+            except sqlite3.Error as error:
+                logger.warning("leases not renewed: %s", error)
+
+    async def _write(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._writer, work)
+
+    # --- routes ----------------------------------------------------------------------------
+
+    def _ready_route(self, model_id: str, avoid_server_id: int | None) -> Route | None:
+        self._refresh()
+        route = self._routes.get(model_id)
+        if route is None or route.state != "ready" or route.server_id == avoid_server_id:
+            return None
+        return route
+
+    def _refresh(self) -> None:
+        """Read the routes again if the manager has changed one since."""
+        try:
+            version = self._store.data_version()
+            if version == self._data_version and self._generation >= 0:
+                return
+            view = demand.manager_view(self._store)
+            self._data_version = version
+            if view.generation != self._generation:
+                self._routes = demand.routes(self._store)
+                self._generation = view.generation
+        except sqlite3.Error as error:
+            logger.warning("state file can't be read: %s", error)
+            self._store.reopen()
+            self._data_version = self._generation = -1
+
+    # --- loads -----------------------------------------------------------------------------
+
+    async def _wait_for_load(
+        self, model_id: str, avoid_server_id: int | None, avoid_until: float
+    ) -> None:
+        """Ask for a model and return when it may be ready. Raises the manager's answer."""
+        demand_id = await self._ask(model_id)
+        self._keep_renewing()
+        self.poke(b"load")
+        try:
+            await self._watch(model_id, demand_id, avoid_server_id, avoid_until)
+        finally:
+            self._writer.submit(demand.withdraw, self._store, [demand_id])
+
+    async def _ask(self, model_id: str) -> int:
+        """Insert the demand; a file that is not there yet is the manager's to make."""
+        give_up_at = time.monotonic() + MANAGER_PATIENCE_S
+        while True:
+            try:
+                return await self._write(
+                    lambda: demand.ask(
+                        self._store,
+                        "load",
+                        model_id,
+                        self._worker,
+                        now=time.time(),
+                        max_queue=self._settings.max_queue,
+                    )
+                )
+            except sqlite3.Error as error:
+                self._writer.submit(self._store.reopen)
+                if time.monotonic() > give_up_at:
+                    raise ManagerDown(f"the state file can't be used: {error}") from None
+                await asyncio.sleep(0.05)
+
+    async def _watch(
+        self, model_id: str, demand_id: int, avoid_server_id: int | None, avoid_until: float
+    ) -> None:
+        settings = self._settings
+        limit_s = settings.queue_timeout + settings.load_timeout
+        deadline = time.monotonic() + limit_s
+        seen, silent_since = -1, None
+        while True:
+            version = self._store.data_version()
+            if version != seen:
+                seen = version
+                if self._ready_route(model_id, avoid_server_id):
+                    return
+                self._raise_answer(demand_id)
+            now = time.monotonic()
+            if now > avoid_until and avoid_server_id is not None:
+                return
+            if now > deadline:
+                raise LoadTimeout(f"model '{model_id}' was not ready after {limit_s:.0f} s")
+            silent_since = self._check_manager(model_id, now, silent_since)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _raise_answer(self, demand_id: int) -> None:
+        answer = demand.read_answers(self._store, [demand_id]).get(demand_id)
+        if answer and answer.error_code:
+            raise from_code(answer.error_code, answer.message or "")
+
+    def _check_manager(self, model_id: str, now: float, silent_since: float | None) -> float | None:
+        view = demand.manager_view(self._store)
+        if view.stopping:
+            raise ShuttingDown("the proxy is being stopped")
+        if view.heartbeat_at and time.time() - view.heartbeat_at < HEARTBEAT_STALE_S:
+            return None
+        if silent_since is None:
+            return now
+        if now - silent_since > MANAGER_PATIENCE_S:
+            raise ManagerDown(
+                f"model '{model_id}' is not loaded and the manager does not answer;"
+                " see its log, or start it with `smartproxy serve`"
+            )
+        return silent_since
+
+    def poke(self, word: bytes) -> None:
+        """Wake the manager; a poke that can't be delivered is not needed."""
+        send_poke(self._poke_socket, self._settings.state_dir, word)
+
+
+def send_poke(sender: socket.socket, state_dir: Path, word: bytes) -> None:
+    """Send a word to the manager's socket, by its folder's descriptor: a path may be too long."""
+    try:
+        folder = os.open(state_dir, os.O_PATH)
+    except OSError:
+        return
+    try:
+        sender.sendto(word, f"/proc/self/fd/{folder}/manager.sock")
+    except OSError:
+        return  # no manager, or it is awake already
+    finally:
+        os.close(folder)
+
+
+__all__ = ["Broker", "SmartProxyError", "send_poke"]

@@ -1,0 +1,207 @@
+"""Rows of the state file as what users see: servers, GPUs, models, reasons. Reads only."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from smartproxy.catalog import Catalog, ModelSpec
+from smartproxy.entities import (
+    GPU,
+    GPUAssignment,
+    GPUPoolStatus,
+    GPUProcess,
+    Model,
+    Server,
+    pool_status,
+    status_of,
+)
+from smartproxy.settings import Settings
+from smartproxy.state import fleet
+from smartproxy.state.store import Row, Store
+from smartproxy.types import GIB, GpuState, ServerState
+
+HEARTBEAT_STALE_S = 5.0
+#: a model's status in /v1/models, by its server's state; without a server: unloaded
+MODEL_STATUS = {
+    "starting": "loading",
+    "ready": "ready",
+    "draining": "draining",
+    "stopping": "draining",
+    "failed": "failed",
+}
+
+
+def servers(store: Store, *, now: float) -> list[Server]:
+    """Return the listed servers (live ones, and failed ones for a while)."""
+    promised = fleet.assignments(store)
+    return [
+        server(row, promised.get(row["id"], [])) for row in fleet.listed_servers(store, now=now)
+    ]
+
+
+def server(row: Row, shares: list[Row]) -> Server:
+    """Return one server with its assignment; without GPUs it has none."""
+    state = ServerState(row["state"])
+    measured = row["measured_bytes"]
+    split = [float(share) for share in (row["tensor_split"] or "").split(",") if share]
+    assignment = GPUAssignment(
+        gpu_ids=[share["gpu_index"] for share in shares],
+        gpu_uuids=[share["gpu_uuid"] for share in shares],
+        estimated_vram_required=(row["estimated_bytes"] or 0) / GIB,
+        actual_vram_used=measured / GIB if measured is not None else None,
+        tensor_split=split if len(split) == len(shares) else [],
+        gpu_layers=row["gpu_layers"],
+    )
+    return Server(
+        id=str(row["id"]),
+        host=row["host"],
+        port=row["port"],
+        model_id=row["model_id"],
+        status=status_of(state),
+        process=row["pid"] if state not in (ServerState.FAILED, ServerState.STOPPED) else None,
+        gpu_assignment=assignment if shares else None,
+        state=state,
+        reason=row["reason"],
+    )
+
+
+def pool(store: Store, settings: Settings) -> GPUPoolStatus:
+    """Return the GPUs as last seen; zeros and an empty list without any."""
+    models: dict[str, list[str]] = {}
+    for row in store.read(
+        "SELECT a.gpu_uuid, s.model_id FROM assignments a JOIN servers s ON s.id = a.server_id"
+        f" WHERE s.state IN {fleet.LIVE}"
+    ):
+        models.setdefault(row["gpu_uuid"], []).append(row["model_id"])
+    processes: dict[str, list[GPUProcess]] = {}
+    for row in store.read("SELECT * FROM gpu_processes"):
+        used = row["used_bytes"]
+        processes.setdefault(row["gpu_uuid"], []).append(
+            GPUProcess(
+                pid=row["pid"],
+                name=row["name"],
+                used_memory=used / GIB if used is not None else None,
+            )
+        )
+    gpus = [
+        _gpu(row, models.get(row["uuid"], []), processes.get(row["uuid"], []))
+        for row in store.read("SELECT * FROM gpus ORDER BY gpu_index")
+    ]
+    return pool_status(
+        gpus,
+        settings.gpu_allocation_strategy,
+        observed_at=fleet.manager_row(store)["observed_at"],
+        gpu_monitoring_enabled=settings.enable_gpu_monitoring,
+    )
+
+
+def _gpu(row: Row, models: list[str], processes: list[GPUProcess]) -> GPU:
+    return GPU(
+        id=row["gpu_index"],
+        name=row["name"],
+        total_memory=row["total_bytes"] / GIB,
+        free_memory=row["free_bytes"] / GIB,
+        used_memory=row["used_bytes"] / GIB,
+        utilization=row["utilization"],
+        temperature=row["temperature_c"],
+        power_usage=row["power_w"],
+        assigned_models=models,
+        compute_capability=row["compute_capability"],
+        uuid=row["uuid"],
+        state=GpuState(row["state"]),
+        error=row["error"],
+        processes=processes,
+    )
+
+
+def manager(store: Store, *, now: float) -> dict[str, Any]:
+    """Return what is known of the manager; alive = it gave a sign lately."""
+    row = fleet.manager_row(store)
+    age_s = now - row["heartbeat_at"] if row["heartbeat_at"] else None
+    return {
+        "pid": row["pid"],
+        "alive": age_s is not None and age_s < HEARTBEAT_STALE_S,
+        "heartbeat_age": round(age_s, 3) if age_s is not None else None,
+        "started_at": row["started_at"],
+        "stopping": bool(row["stopping"]),
+        "llama_server": row["llama_server"],
+        "build": row["build"],
+    }
+
+
+def reasons(listed: list[Server], gpus: GPUPoolStatus, boss: dict[str, Any]) -> list[str]:
+    """Return why the whole is degraded; empty when it is not."""
+    found = []
+    if boss["heartbeat_age"] is None:
+        found.append("the manager is not running")
+    elif not boss["alive"]:
+        found.append(f"the manager gave no sign for {boss['heartbeat_age']:.0f} s")
+    found += [f"gpu {gpu.id}: {gpu.error}" for gpu in gpus.gpu_list if gpu.error]
+    found += [s.reason or f"{s.model_id} failed" for s in listed if s.state == ServerState.FAILED]
+    return found
+
+
+def health(store: Store, settings: Settings) -> dict[str, Any]:
+    """Return the body of /health."""
+    now = time.time()
+    listed, gpus, boss = servers(store, now=now), pool(store, settings), manager(store, now=now)
+    why = reasons(listed, gpus, boss)
+    row = fleet.manager_row(store)
+    body: dict[str, Any] = {
+        "status": "degraded" if why else "ok",
+        "mode": row["mode"] or "cpu",
+        "servers": [entry.model_dump(mode="json") for entry in listed],
+        "gpu_pool_status": gpus.model_dump(mode="json"),
+        "manager": boss,
+        "observed_at": row["observed_at"],
+        "observed_age": round(now - row["observed_at"], 3) if row["observed_at"] else None,
+    }
+    if why:
+        body["reasons"] = why
+    if row["mode_reason"]:
+        body["mode_reason"] = row["mode_reason"]
+    return body
+
+
+def model_list(store: Store, catalog: Catalog) -> list[dict[str, Any]]:
+    """Return the catalogue in OpenAI's shape, each with what we know under `smartproxy`."""
+    known = {row["id"]: row for row in store.read("SELECT * FROM models")}
+    by_model = {row["model_id"]: row for row in fleet.listed_servers(store, now=time.time())}
+    return [
+        _model(spec, known.get(spec.id), by_model.get(spec.id)) for spec in catalog.models.values()
+    ]
+
+
+def _model(spec: ModelSpec, known: Row | None, live: Row | None) -> dict[str, Any]:
+    facts: dict[str, Any] = dict(known) if known else {}
+    estimated = facts.get("estimated_bytes")
+    entity = Model(
+        id=spec.id,
+        repo=spec.repo,
+        variant=spec.variant,
+        estimated_vram=estimated / GIB if estimated else None,
+        parameters=facts.get("parameters"),
+        quantization=facts.get("quantization"),
+        path=str(spec.path) if spec.path else None,
+        aliases=list(spec.aliases),
+    )
+    problem = facts.get("problem") or spec.problem
+    status = MODEL_STATUS[live["state"]] if live else "unloaded"
+    return {
+        "id": spec.id,
+        "object": "model",
+        "created": int(facts.get("updated_at") or 0),
+        "owned_by": "llama.cpp",
+        "status": "failed" if problem and not live else status,
+        "smartproxy": {
+            **entity.model_dump(mode="json"),
+            "problem": problem,
+            "architecture": facts.get("architecture"),
+            "context_size": live["context_size"] if live else facts.get("context_size"),
+            "trained_context": facts.get("trained_context"),
+            "server": str(live["id"]) if live else None,
+            "state": live["state"] if live else None,
+            "reason": live["reason"] if live else None,
+        },
+    }
