@@ -6,17 +6,18 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "smartproxy"
 
-#: parts of manager that compute and nothing else
-PURE = {
-    *("estimate", "place", "evict", "plan", "architectures", "compute_buffer", "buffer_lines"),
-    *("ledger", "sizes"),
-}
+#: parts of manager that compute and nothing else; whatever of manager they import must be so too
+PURE = (
+    *("estimate", "place", "evict", "plan"),
+    *("architectures", "compute_buffer", "buffer_lines"),
+)
 #: parts of manager that read GGUF files; they alone may use gguf
 METADATA = {"metadata", "gguf_header", "model_keys", "tensor_sums"}
 CONFIG = {
@@ -78,6 +79,17 @@ TABLE = {
 OPTIONAL = {"pynvml", "orjson"}
 
 
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
 def kind_of(module: str) -> str:
     """Return the row of a module; raises LookupError for one that has none."""
     _, *path = module.split(".")
@@ -88,7 +100,7 @@ def kind_of(module: str) -> str:
             return "types"
         case ["log" | "lifetime" as name]:
             return name
-        case ["cli" | "serve" | "__main__", *_]:
+        case ["cli" | "serve" | "guard" | "__main__", *_]:
             return "cli"
         case [name] if name in CONFIG:
             return "config"
@@ -96,13 +108,28 @@ def kind_of(module: str) -> str:
             return name
         case ["manager", "observe"]:
             return "observe"
-        case ["manager", name, *_] if name in PURE:
+        case ["manager", _, *_] if module in pure_modules():
             return "pure"
         case ["manager", name, *_] if name in METADATA:
             return "metadata"
         case ["manager", *_]:
             return "manager"
     raise LookupError(f"{module} is in no row of DESIGN.md's module table")
+
+
+@cache
+def pure_modules() -> frozenset[str]:
+    """Return the pure modules of manager and, however deep, those of manager they lean on."""
+    found: set[str] = set()
+    waiting = [f"smartproxy.manager.{name}" for name in PURE]
+    while waiting:
+        module = waiting.pop()
+        if module not in found and module in MODULES:
+            tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+            leans_on = {name for name, _ in imports(tree, module, set(MODULES))}
+            waiting += [name for name in leans_on if name.startswith("smartproxy.manager.")]
+            found.add(module)
+    return frozenset(found)
 
 
 def imports(tree: ast.Module, module: str, known: set[str]) -> Iterator[tuple[str, int]]:
@@ -162,17 +189,6 @@ def _open_calls(module: str, tree: ast.Module, rules: Row) -> list[str]:
         and isinstance(node.func, ast.Name)
         and node.func.id in {"open", "print", "input", "exec", "eval", "__import__"}
     ]
-
-
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-        found[name.removesuffix(".__init__")] = path
-    return found
-
-
-MODULES = modules()
 
 
 @pytest.mark.parametrize("module", MODULES)
