@@ -70,3 +70,7 @@ def main() -> None:
     except SmartProxyError as error:
         click.echo(f"smartproxy: {error}", err=True)
         sys.exit(EXIT_BAD_CONFIG)
+
+
+if __name__ == "__main__":
+    main()
