@@ -1,0 +1,162 @@
+"""One non-blocking socket in the relay's loop: buffered writing, pausable reading, letting go.
+
+Not an asyncio transport: those can't let go of a socket, and a client's goes back to gunicorn after
+the answer; and this is less work per chunk (docs/datapath.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable
+
+READ_BYTES = 65536
+#: above this the other side is not read any further, until LOW_WATER_BYTES are left
+HIGH_WATER_BYTES = 262144
+LOW_WATER_BYTES = 65536
+
+
+class Channel:
+    """Reads and writes one socket, in the loop thread; no callback comes from inside `write`."""
+
+    __slots__ = (
+        "_fd",
+        "_loop",
+        "_on_data",
+        "_on_end",
+        "_queue",
+        "_reading",
+        "_recv",
+        "_send",
+        "_unwritable",
+        "buffered_bytes",
+        "closed",
+        "on_drain",
+        "sent_bytes",
+        "sock",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        on_data: Callable[[bytes], None],
+        on_end: Callable[[OSError | None], None],
+    ) -> None:
+        """on_end: the peer has sent its last byte (None), or the connection broke (why)."""
+        self.sock = sock
+        self._loop = loop
+        self._fd = sock.fileno()
+        self._recv = sock.recv
+        self._send = sock.send
+        self._on_data = on_data
+        self._on_end = on_end
+        #: called when so much was written that less than LOW_WATER_BYTES (and: nothing) is left
+        self.on_drain: Callable[[], None] | None = None
+        self._queue: deque[memoryview] = deque()
+        #: written by the owner, not yet taken by the kernel
+        self.buffered_bytes = 0
+        #: taken by the kernel since the beginning
+        self.sent_bytes = 0
+        self._reading = False
+        self._unwritable = False
+        self.closed = False
+
+    def read(self, on: bool) -> None:
+        """Start or stop reading; stopped, an end is not noticed either."""
+        if on is not self._reading and not self.closed:
+            self._reading = on
+            if on:
+                self._loop.add_reader(self._fd, self._readable)
+            else:
+                self._loop.remove_reader(self._fd)
+
+    def write(self, data: bytes) -> None:
+        """Send what the kernel takes and keep the rest; a broken connection is told by on_end."""
+        if self.closed or self._unwritable:
+            return
+        if not self._queue:
+            try:
+                sent = self._send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._broken(error)
+                return
+            self.sent_bytes += sent
+            if sent == len(data):
+                return
+            self._loop.add_writer(self._fd, self._writable)
+            self._queue.append(memoryview(data)[sent:])
+            self.buffered_bytes = len(data) - sent
+            return
+        self._queue.append(memoryview(data))
+        self.buffered_bytes += len(data)
+
+    def detach(self) -> socket.socket:
+        """Stop watching the socket and return it, open."""
+        if not self.closed:
+            self.closed = True
+            self._loop.remove_reader(self._fd)
+            if self._queue:
+                self._loop.remove_writer(self._fd)
+                self._queue.clear()
+        return self.sock
+
+    def close(self) -> None:
+        """Close the socket at once; what is buffered is lost."""
+        self.detach().close()
+
+    def _readable(self) -> None:
+        try:
+            data = self._recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._ended(error)
+            return
+        if data:
+            self._on_data(data)
+        else:
+            self._ended(None)
+
+    def _writable(self) -> None:
+        try:
+            sent = self._send(self._queue[0])
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._broken(error)
+            return
+        self.sent_bytes += sent
+        self.buffered_bytes -= sent
+        if sent == len(self._queue[0]):
+            self._queue.popleft()
+        else:
+            self._queue[0] = self._queue[0][sent:]
+        if not self._queue:
+            self._loop.remove_writer(self._fd)
+        if self.on_drain and self.buffered_bytes <= LOW_WATER_BYTES:
+            self.on_drain()
+
+    def _ended(self, error: OSError | None) -> None:
+        self.read(False)
+        self._on_end(error)
+
+    def _broken(self, error: OSError) -> None:
+        """A write failed. What the peer sent before may still be there; its end is read next.
+
+        Told from the loop where nobody reads, since the writer may be in the middle of something.
+        """
+        if self._queue:
+            self._loop.remove_writer(self._fd)
+            self._queue.clear()
+            self.buffered_bytes = 0
+        self._unwritable = True
+        if not self._reading:
+            self._loop.call_soon(self._tell_broken, error)
+
+    def _tell_broken(self, error: OSError) -> None:
+        if not self.closed:
+            self._on_end(error)

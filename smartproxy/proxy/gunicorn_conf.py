@@ -1,0 +1,51 @@
+"""gunicorn's settings: `gunicorn -c python:smartproxy.proxy.gunicorn_conf wsgi:app`.
+
+The command line wins over each of them (--bind, --workers, --threads, --access-logfile ...).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+
+from smartproxy.lifetime import die_with_parent
+
+worker_class = "smartproxy.proxy.worker.RelayWorker"
+# A worker relays in one thread; two keep /health quick while one is busy, more than cores gain
+# nothing.
+workers = min(max(os.cpu_count() or 1, 2), 4)
+# Threads only parse and decide (well under a millisecond each); streams hold none.
+threads = 8
+bind = ["127.0.0.1:8000"]
+backlog = 2048
+
+
+def _raise_file_limit() -> int:
+    """Raise the soft limit of open files to the hard one and return it (workers inherit it)."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = hard if hard != resource.RLIM_INFINITY else 1 << 20
+    limit = min(limit, 1 << 20)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
+
+
+# An open stream takes two files (client and server side). Past this nothing is accepted, which is
+# better than running out of files in the middle: gunicorn's worker dies of a failed accept.
+worker_connections = min(max((_raise_file_limit() - 256) // 2, 128), 16384)
+
+keepalive = 75
+graceful_timeout = 30
+timeout = 60
+# Heartbeats are file times: in memory, so that a slow disk kills no worker.
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+# It would be a socket in the user's home, outside of everything we own.
+control_socket_disable = True
+errorlog = "-"
+# A header field may carry a long token or trace state; the total stays bounded by gunicorn.
+limit_request_field_size = 16384
+limit_request_line = 8190
+
+
+def on_starting(_server: object) -> None:
+    """Have gunicorn's master end with `serve`, however that ends; workers watch the master."""
+    die_with_parent()

@@ -1,0 +1,261 @@
+"""Relaying: waiting for a model, sending the request, passing the answer on; any number at once.
+
+All of it happens in one asyncio loop thread per process, so an open stream or a waiting request
+holds no thread. `hand_over` is the way in from a request handler. docs/datapath.md has the picture
+and the reasons.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flask import Response
+from werkzeug.datastructures import Headers
+
+from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
+from smartproxy.proxy import accel
+from smartproxy.proxy.clients import EVENT_STREAM_HEAD, Client
+from smartproxy.proxy.exchange import ClientStalled, Exchange, Job, ServerDied
+from smartproxy.proxy.wsgi_client import WsgiClient
+
+__all__ = [
+    "TICKET_KEY",
+    "Broker",
+    "Grant",
+    "Job",
+    "RelayLoop",
+    "Request",
+    "Ticket",
+    "hand_over",
+    "relay_loop",
+]
+
+logger = logging.getLogger(__name__)
+
+#: where RelayWorker leaves its Ticket in a request's environ
+TICKET_KEY = "smartproxy.ticket"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """One request's hold on a server, until it is released."""
+
+    server_id: int
+    host: str
+    port: int
+    api_key: str | None
+    model_id: str
+
+
+class Broker(Protocol):
+    """Who knows the servers. Both are called in the loop thread."""
+
+    async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Grant:
+        """Return a hold on a ready server, however long that takes. Raises SmartProxyError.
+
+        Cancelled when the client goes; a cancelled acquire must leave nothing held.
+        avoid_server_id: this one could not be reached or died just now.
+        """
+
+    def release(self, grant: Grant) -> None:
+        """Give the hold back; never blocks."""
+
+
+class Ticket(Protocol):
+    """A worker's offer to let the relay answer a request on the client's own socket."""
+
+    def take(self, job: Job, broker: Broker, avoid_server_id: int | None) -> None:
+        """Remember the job; the worker starts it when the application has returned."""
+
+
+def hand_over(environ: dict[str, Any], job: Job, broker: Broker) -> Response:
+    """Let the relay answer this request; return what the application must return.
+
+    Under RelayWorker that is at once, and what it returns is not looked at. Elsewhere this blocks
+    until the answer's head is there, and the Response streams its body.
+    """
+    avoid_server_id = accel.failed_server_id(environ)
+    ticket: Ticket | None = environ.get(TICKET_KEY)
+    if ticket is not None:
+        ticket.take(job, broker, avoid_server_id)
+        return Response()
+    loop = relay_loop()
+    client = WsgiClient(loop.loop)
+    loop.start(Request(job=job, broker=broker, client=client, avoid_server_id=avoid_server_id))
+    status, headers = client.head.result()
+    response = Response(client, status=status, direct_passthrough=True)
+    response.headers = Headers(headers)  # exactly the server's: no content type of Flask's
+    return response
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """One job with its client, from start to its last byte. Loop thread only."""
+
+    job: Job
+    broker: Broker
+    client: Client
+    #: nginx could not reach this server: the one retry is already being used
+    avoid_server_id: int | None = None
+    #: nginx can carry the bytes itself
+    nginx_carries: bool = False
+    _task: asyncio.Task[None] | None = None
+    _exchange: Exchange | None = None
+    _stop_reason: SmartProxyError | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        self._task = asyncio.get_running_loop().create_task(self._answer())
+        self.client.on_gone = self._task.cancel
+        self._task.add_done_callback(self._settle)
+        return self._task
+
+    def stop(self, reason: SmartProxyError) -> None:
+        """End it now, telling the client why as far as that is still possible."""
+        self._stop_reason = reason
+        if self._task:
+            self._task.cancel()
+
+    async def _answer(self) -> None:
+        avoid_server_id = self.avoid_server_id
+        attempts = 2 if avoid_server_id is None else 1
+        for attempts_left in reversed(range(attempts)):
+            grant = await self._acquire(avoid_server_id)
+            if self.nginx_carries and not self.client.began:
+                self._redirect(grant)
+                return
+            try:
+                await self._relay(grant)
+                return
+            except ServerDied as died:
+                logger.warning("server %d failed a request: %s", grant.server_id, died)
+                if not attempts_left or (self._exchange and self._exchange.answered):
+                    text = f"the server of model {grant.model_id!r} failed: {died}"
+                    raise UpstreamError(text) from died
+                avoid_server_id = grant.server_id
+            finally:
+                self.broker.release(grant)
+
+    async def _acquire(self, avoid_server_id: int | None) -> Grant:
+        acquiring = self.broker.acquire(self.job.model_id, avoid_server_id=avoid_server_id)
+        if not self.job.stream:
+            return await acquiring
+        loop = asyncio.get_running_loop()
+        comments = Comments(self.client, self.job.sse_wait_comment_after_s, loop)
+        try:
+            return await acquiring
+        finally:
+            comments.stop()
+
+    async def _relay(self, grant: Grant) -> None:
+        self._exchange = Exchange(self.job, self.client, (grant.host, grant.port), grant.api_key)
+        await self._exchange.run()
+
+    def _redirect(self, grant: Grant) -> None:
+        """Leave the bytes to nginx, and hold on until the server counts the request itself."""
+        self.client.begin(
+            accel.redirect_head(
+                server_id=grant.server_id, host=grant.host, port=grant.port, api_key=grant.api_key
+            )
+        )
+        self.client.write(b"")
+        self.client.finish()
+        loop = asyncio.get_running_loop()
+        loop.call_later(accel.HOLD_S, self.broker.release, grant)
+
+    def _settle(self, task: asyncio.Task[None]) -> None:
+        """See to it that the client's side ends, however the task did."""
+        error: BaseException | None = self._stop_reason
+        if not task.cancelled():
+            error = task.exception()
+        if self.client.ended:
+            return
+        if error is None or isinstance(error, ClientStalled):
+            self.client.cut()
+            return
+        if not isinstance(error, SmartProxyError):
+            logger.error("relaying to %r failed", self.job.model_id, exc_info=error)
+            error = SmartProxyError("the relay failed; the log says why")
+        self.client.fail(error, torn=self._exchange is not None and self._exchange.torn)
+
+
+class Comments:
+    """Signs of life on an event stream that still waits for its model."""
+
+    def __init__(self, client: Client, every_s: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._client = client
+        self._every_s = every_s
+        self._loop = loop
+        self._since = loop.time()
+        self._timer = loop.call_later(every_s, self._comment)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _comment(self) -> None:
+        if not self._client.began:
+            self._client.begin(EVENT_STREAM_HEAD)
+        waited_s = self._loop.time() - self._since
+        self._client.write_event(b": waiting for the model, %d s so far\n\n" % waited_s)
+        self._timer = self._loop.call_later(self._every_s, self._comment)
+
+
+class RelayLoop:
+    """The relay's loop thread and what goes on in it."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.loop = asyncio.new_event_loop()
+        self._live: set[Request] = set()
+        #: last time the loop was seen running, in its own clock
+        self._beat_at = self.loop.time()
+        # A daemon: a process told to quit at once does not wait for streams.
+        threading.Thread(target=self._run, name="relay", daemon=True).start()
+
+    def start(self, request: Request) -> None:
+        """Start a request (any thread)."""
+        self.loop.call_soon_threadsafe(self.start_here, request)
+
+    def start_here(self, request: Request) -> None:
+        """Start a request (loop thread)."""
+        self._live.add(request)
+        request.start().add_done_callback(lambda _task: self._live.discard(request))
+
+    def stop_all(self) -> None:
+        """End every open request with the error `shutting_down` (any thread, does not wait)."""
+        self.loop.call_soon_threadsafe(self._stop_all)
+
+    def silent_s(self) -> float:
+        """Return for how long the loop has not run (any thread); about a second when it is well."""
+        return self.loop.time() - self._beat_at
+
+    def _stop_all(self) -> None:
+        for request in tuple(self._live):
+            request.stop(ShuttingDown("the proxy is shutting down"))
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self._beat()
+        self.loop.run_forever()
+
+    def _beat(self) -> None:
+        self._beat_at = self.loop.time()
+        self.loop.call_later(1.0, self._beat)
+
+
+_lock = threading.Lock()
+_current: RelayLoop | None = None
+
+
+def relay_loop() -> RelayLoop:
+    """Return this process's relay loop, started at the first call (any thread; fork-safe)."""
+    global _current
+    if _current is None or _current.pid != os.getpid():
+        with _lock:
+            if _current is None or _current.pid != os.getpid():
+                _current = RelayLoop()
+    return _current

@@ -1,0 +1,137 @@
+"""A client whose socket was taken out of gunicorn's thread; afterwards it goes back or closes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+from smartproxy.proxy.channel import HIGH_WATER_BYTES, Channel
+from smartproxy.proxy.clients import Client
+from smartproxy.proxy.http_wire import AnswerHead, Framing, client_head
+
+#: of a client's next request, read while it still gets this answer
+MAX_READ_AHEAD_BYTES = 65536
+#: for a client to close after we have, so that its last bytes do not reset what it has not read yet
+LINGER_S = 2.0
+#: for a client to take something of an answer that is complete on our side
+FLUSH_STALL_S = 60.0
+
+
+class SocketClient(Client):
+    """A client whose socket the relay holds until the answer is complete."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        *,
+        http11: bool,
+        head_only: bool,
+        keep_alive: bool,
+        on_done: Callable[[SocketClient], None],
+    ) -> None:
+        """on_done: called once, when the socket is free to go back (keep_alive) or is closed."""
+        super().__init__()
+        self.chunked = http11
+        self.keep_alive = keep_alive
+        #: bytes of the next request that came meanwhile
+        self.read_ahead = b""
+        self.sent_body_bytes = 0
+        self._head_only = head_only
+        self._loop = loop
+        self._head = b""
+        self._on_done = on_done
+        self._lingers = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._channel = Channel(loop, sock, self._on_data, self._on_end)
+        self._channel.on_drain = self._drained
+        self._channel.read(True)
+
+    @property
+    def full(self) -> bool:
+        return self._channel.buffered_bytes > HIGH_WATER_BYTES
+
+    def progress_bytes(self) -> int:
+        return self._channel.sent_bytes
+
+    def write(self, data: bytes) -> None:
+        if self._head_only:
+            data = b""
+        self.sent_body_bytes += len(data)
+        if self._head:
+            data, self._head = self._head + data, b""
+        if data:
+            self._channel.write(data)
+
+    def finish(self) -> None:
+        if not self.ended:
+            self.ended = True
+            if self._channel.buffered_bytes:
+                self._watch_flush(self._channel.sent_bytes)
+            else:
+                self._let_go()
+
+    def cut(self) -> None:
+        self.ended = True
+        self.keep_alive = False
+        self._close()
+
+    def _send_head(self, head: AnswerHead) -> None:
+        if self.framing is Framing.CLOSE:
+            self.keep_alive = False
+        self._head = client_head(head, self.framing, self.keep_alive)
+
+    def _on_data(self, data: bytes) -> None:
+        if self._lingers:
+            return
+        self.read_ahead += data
+        if len(self.read_ahead) > MAX_READ_AHEAD_BYTES:
+            self._channel.read(False)
+
+    def _on_end(self, _error: OSError | None) -> None:
+        self.keep_alive = False
+        if self.ended:
+            self._close()
+        else:
+            self.on_gone()
+
+    def _drained(self) -> None:
+        if not self.ended:
+            self.on_room()
+        elif not self._channel.buffered_bytes and not self._lingers:
+            self._let_go()
+
+    def _watch_flush(self, before_bytes: int) -> None:
+        """Look again later whether the client took any of the rest; else it could stay for ever."""
+        self._timer = self._loop.call_later(FLUSH_STALL_S, self._check_flush, before_bytes)
+
+    def _check_flush(self, before_bytes: int) -> None:
+        if self._channel.sent_bytes == before_bytes:
+            self.cut()
+        else:
+            self._watch_flush(self._channel.sent_bytes)
+
+    def _let_go(self) -> None:
+        """All is written: give the socket back, or close it without a reset (RFC 9112 9.6)."""
+        if self._timer:
+            self._timer.cancel()
+        if self.keep_alive:
+            self._channel.detach()
+            self._on_done(self)
+            return
+        try:
+            self._channel.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close()
+            return
+        self._lingers = True
+        self._timer = self._loop.call_later(LINGER_S, self._close)
+        self._channel.read(True)
+
+    def _close(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        if not self._channel.closed:
+            self._channel.close()
+            self._on_done(self)
