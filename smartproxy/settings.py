@@ -6,92 +6,29 @@ Schema and the texts of configuration errors are all held to what stands here.
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from smartproxy.flags import args_problem, env_problem
+from smartproxy.setting_types import (
+    ApiKey,
+    CacheBits,
+    CacheType,
+    ContextSize,
+    FilePath,
+    GpuLayers,
+    GpuName,
+    ModelName,
+    Parallel,
+    Port,
+    Repo,
+    Seconds,
+    SecondsOrZero,
+    Text,
+)
 from smartproxy.types import Strategy
-
-REPO_PATTERN = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
-GPU_UUID_PATTERN = re.compile(r"(GPU|MIG)-[!-~]+")
-_NAME_RULE = "a name without commas, outer spaces, '/' or '-' in front, '/' at the end"
-API_KEY_PATTERN = re.compile(r"[!-~]+")
-
-
-def _printable(value: Any) -> Any:
-    if isinstance(value, str) and (not value or not value.isprintable()):
-        raise ValueError("wants text that is not empty and has no control characters")
-    return value
-
-
-def _absolute(path: Path, info: ValidationInfo) -> Path:
-    """Resolve against the configuration file's folder, which load_settings passes as context."""
-    folder: Path | None = (info.context or {}).get("folder")
-    try:
-        path = path.expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return path if folder is None else Path(os.path.abspath(folder / path))
-
-
-def check_model_name(name: str) -> str:
-    """Return the name; raises ValueError if a URL path or `--alias a,b` could not carry it."""
-    if not name.isprintable() or "," in name or name != name.strip() or not name.strip("/-"):
-        raise ValueError(f"wants {_NAME_RULE}")
-    if name[0] in "/-" or name[-1] == "/":
-        raise ValueError(f"wants {_NAME_RULE}")
-    return name
-
-
-def _repo(repo: str) -> str:
-    if not REPO_PATTERN.fullmatch(repo):
-        raise ValueError(f'got "{repo}", wants "user/name" (what follows a ":" goes to variant)')
-    return repo
-
-
-def _gpu_name(gpu: int | str) -> int | str:
-    if gpu < 0 if isinstance(gpu, int) else not GPU_UUID_PATTERN.fullmatch(gpu):
-        raise ValueError(f'got {json.dumps(gpu)}, wants a GPU number or a uuid such as "GPU-8f2a"')
-    return gpu
-
-
-def _api_key(key: str) -> str:
-    if not API_KEY_PATTERN.fullmatch(key):
-        raise ValueError("wants a key of visible ASCII characters, without spaces")
-    return key
-
-
-Text = Annotated[str, BeforeValidator(_printable)]
-FilePath = Annotated[Path, BeforeValidator(_printable), AfterValidator(_absolute)]
-ModelName = Annotated[Text, AfterValidator(check_model_name)]
-Repo = Annotated[Text, AfterValidator(_repo)]
-ApiKey = Annotated[str, AfterValidator(_api_key)]
-GpuName = Annotated[int | str, AfterValidator(_gpu_name)]
-#: at most half a year: every timer of the platform takes that
-Seconds = Annotated[float, Field(gt=0, le=15_552_000)]
-SecondsOrZero = Annotated[float, Field(ge=0, le=15_552_000)]
-Port = Annotated[int, Field(ge=1, le=65_535)]
-ContextSize = Annotated[int, Field(ge=1, le=2**31 - 1)] | Literal["auto"]
-#: llama.cpp's LLAMA_MAX_SEQ
-Parallel = Annotated[int, Field(ge=1, le=256)]
-GpuLayers = Annotated[int, Field(ge=-1, le=2**31 - 1)]
-CacheBits = Literal[16, 8, 4]
-CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 
 class _Section(BaseModel):

@@ -22,12 +22,12 @@ PURE = (
 METADATA = {"metadata", "gguf_header", "model_keys", "tensor_sums"}
 CONFIG = {
     *("entities", "config", "legacy", "catalog"),
-    *("settings", "flags", "config_errors", "scan", "gguf_kind"),
+    *("settings", "setting_types", "flags", "config_errors", "scan", "gguf_kind"),
 }
 #: of the standard library, what has no clock, disk, network, process or log in it
 HARMLESS = {
     *("__future__", "math", "dataclasses", "collections", "typing", "enum", "functools"),
-    *("itertools", "bisect", "heapq", "operator", "re"),
+    *("itertools", "bisect", "heapq", "operator", "re", "struct"),
 }
 
 
