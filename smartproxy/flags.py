@@ -1,7 +1,8 @@
 """Which llama-server options and variables a configuration may not set by hand, and why.
 
 The launcher decides these; a second value on the same command line would silently win over the
-placement the memory was reserved for. Names from `llama-server --help` of b10434 and b11434.
+placement the memory was reserved for. Names from `llama-server --help` of b10434; of newer builds
+-ncffn and --log-jsonl (the long form of -ncffn is taken by analogy).
 """
 
 from __future__ import annotations
