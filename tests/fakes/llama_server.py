@@ -99,6 +99,7 @@ def serve(options: Options, memory: GpuMemory, journal: Journal) -> int:
     if knobs.crash_after_ready_s >= 0 and knobs.misbehaves():
         threading.Timer(knobs.crash_after_ready_s, api.crash).start()
     signals.wait()
+    listener.shutdown(socket.SHUT_RDWR)  # close alone leaves it open under a blocked accept
     listener.close()
     status = signals.end(api.engine)
     process.leave(journal, status)
