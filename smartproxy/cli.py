@@ -11,6 +11,7 @@ import click
 from smartproxy.config import load_settings
 from smartproxy.errors import SmartProxyError
 from smartproxy.log import setup_logging
+from smartproxy.manager.__main__ import main as run_manager
 from smartproxy.serve import serve as run_serve
 
 EXIT_BAD_CONFIG = 2
@@ -57,8 +58,6 @@ def serve(config: Path | None, state_dir: Path | None, host: str | None, port: i
 @_where
 def manager(config: Path | None, state_dir: Path | None) -> None:
     """Run the manager alone (systemd runs gunicorn beside it)."""
-    from smartproxy.manager.__main__ import main as run_manager
-
     _remember(config, state_dir)
     sys.exit(run_manager())
 

@@ -36,7 +36,7 @@ from smartproxy.manager.watch import trim_logs, watch
 from smartproxy.settings import Settings
 from smartproxy.state import demand, fleet, store
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
 EXIT_CONFIG, EXIT_LOCKED, EXIT_STATE_LOST = 2, 3, 4
 LOCK_PATIENCE_S = 15.0
@@ -83,9 +83,8 @@ def _run(settings: Settings) -> int:
     for warning in settings.warnings:
         logger.warning("%s", warning)
     catalog = build_catalog(settings)
-    for spec in catalog.models.values():
-        if spec.problem:
-            logger.warning("model '%s' can't be loaded: %s", spec.id, spec.problem)
+    for warning in catalog.warnings:
+        logger.warning("%s", warning)
     path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
     state, complaint = store.create(settings.state_dir / "state.db")
     if complaint:

@@ -106,7 +106,7 @@ def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
             why = process.explain_exit(child.exit_code(), log)
             raise kind(f"model '{spec.id}' did not load: its llama-server {why} (log: {log_path})")
         now = time.monotonic()
-        _check_deadlines(manager, spec.id, waited_s=now - began, idle_s=progress.idle_s(now))
+        _check_deadlines(manager, spec, waited_s=now - began, idle_s=progress.idle_s(now))
         time.sleep(PROBE_EVERY_S)
     load_s = time.time() - row["created_at"]
     fleet.transition(
@@ -121,17 +121,19 @@ def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
     manager.failures.pop(spec.id, None)
 
 
-def _check_deadlines(manager: Manager, model_id: str, *, waited_s: float, idle_s: float) -> None:
-    settings = manager.settings
-    if idle_s > settings.load_stall_timeout:
+def _check_deadlines(
+    manager: Manager, spec: ModelSpec, *, waited_s: float, idle_s: float
+) -> None:
+    stall_s = manager.settings.load_stall_timeout
+    if idle_s > stall_s:
         raise LoadTimeout(
-            f"model '{model_id}' made no progress for {idle_s:.0f} s while loading"
-            f" (load_stall_timeout is {settings.load_stall_timeout:g} s)"
+            f"model '{spec.id}' made no progress for {idle_s:.0f} s while loading"
+            f" (load_stall_timeout is {stall_s:g} s)"
         )
-    if waited_s > settings.load_timeout:
+    if waited_s > spec.load_timeout_s:
         raise LoadTimeout(
-            f"model '{model_id}' was not ready after {waited_s:.0f} s"
-            f" (load_timeout is {settings.load_timeout:g} s)"
+            f"model '{spec.id}' was not ready after {waited_s:.0f} s"
+            f" (load_timeout is {spec.load_timeout_s:g} s)"
         )
 
 
