@@ -1,0 +1,141 @@
+"""Who has what: memory per GPU and places in the pool, now and once what drains is gone.
+
+Input: a Snapshot. Output: a Ledger, the working state of one call of `plan`. Pure.
+
+Free memory of a GPU is the least of what NVML calls free less what is promised but not visible yet,
+and what its total leaves beside strangers and promises; less the headroom. A server's visible bytes
+are missing from NVML's free already, so only the invisible rest of its promise is taken off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from smartproxy.types import MIB, Gpu, Hold, RunningServer, ServerState, Snapshot
+
+#: on their way out: what they hold is memory that is coming
+LEAVING = frozenset({ServerState.DRAINING, ServerState.STOPPING, ServerState.STOPPED})
+
+#: (bytes of a GPU up to, multiprocessors assumed): no card of that size has more, by NVIDIA's data
+#: sheets (RTX 4060 Ti 34, RTX 4080 76, V100 80, RTX 4090 128, RTX PRO 6000 188)
+_MULTIPROCESSORS = ((9 << 30, 48), (17 << 30, 84), (25 << 30, 128), (1 << 62, 188))
+
+
+def default_overhead_bytes(gpu: Gpu) -> int:
+    """Return what a server takes of a GPU beside llama.cpp's buffers, until that was measured.
+
+    150 MiB and 2.5 MiB per multiprocessor: above the public reports (llama.cpp PR 23604: 107 MiB on
+    an RTX 4060 Ti, 555 MiB on an RTX PRO 6000). NVML doesn't tell multiprocessors: size stands in.
+    """
+    multiprocessors = next(count for size, count in _MULTIPROCESSORS if gpu.total_bytes <= size)
+    return int((150 + 2.5 * multiprocessors) * MIB)
+
+
+@dataclass(slots=True, kw_only=True)
+class Ledger:
+    """One entry per healthy GPU, in NVML index order, in every list; bytes may fall below 0."""
+
+    gpus: tuple[Gpu, ...]
+    overhead_bytes: tuple[int, ...]
+    #: free before anything was decided
+    at_first: tuple[int, ...]
+    #: free now
+    now: list[int]
+    #: free once all that leaves is gone, and what older loads wait for is theirs
+    later: list[int]
+    places_now: int
+    places_later: int
+    #: by server id: what each GPU gets back when that server is gone, as (position, bytes)
+    gains: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+
+    def room(self) -> list[int]:
+        """Return what a load may take now without spoiling what an older one waits for."""
+        return [min(pair) for pair in zip(self.now, self.later, strict=True)]
+
+    def take(self, shares: Iterable[tuple[int, int]], *, starts: bool) -> None:
+        """Book (position, bytes) and a place for a load: at once, or for when it can start."""
+        for position, size in shares:
+            self.later[position] -= size
+            if starts:
+                self.now[position] -= size
+        self.places_later -= 1
+        if starts:
+            self.places_now -= 1
+
+    def release_later(self, server_ids: Iterable[int]) -> None:
+        """Count what these servers hold as coming."""
+        for server_id in server_ids:
+            for position, size in self.gains[server_id]:
+                self.later[position] += size
+            self.places_later += 1
+
+
+def open_ledger(snapshot: Snapshot) -> Ledger:
+    """Return the books of a snapshot: free memory and places before anything is decided."""
+    settings = snapshot.settings
+    healthy = tuple(gpu for gpu in snapshot.gpus or () if gpu.error is None)
+    free, gains = _free_and_gains(healthy, snapshot.servers, settings.headroom_bytes)
+    places = settings.pool_size - len(snapshot.servers)
+    ledger = Ledger(
+        gpus=healthy,
+        overhead_bytes=tuple(overhead_bytes(gpu, snapshot) for gpu in healthy),
+        at_first=tuple(free),
+        now=free,
+        later=list(free),
+        places_now=places,
+        places_later=places,
+        gains={server_id: tuple(parts) for server_id, parts in gains.items()},
+    )
+    ledger.release_later(s.server_id for s in snapshot.servers if s.state in LEAVING)
+    return ledger
+
+
+def overhead_bytes(gpu: Gpu, snapshot: Snapshot) -> int:
+    """Return what a server takes of this GPU beside its buffers, as far as that is known."""
+    learned = snapshot.overhead_bytes.get(gpu.uuid)
+    return default_overhead_bytes(gpu) if learned is None else learned
+
+
+def _free_and_gains(
+    gpus: Sequence[Gpu], servers: Sequence[RunningServer], headroom_bytes: int
+) -> tuple[list[int], dict[int, list[tuple[int, int]]]]:
+    """Return free bytes per GPU, and per server what its end gives back."""
+    holders: dict[str, list[tuple[RunningServer, Hold]]] = {gpu.uuid: [] for gpu in gpus}
+    gains: dict[int, list[tuple[int, int]]] = {}
+    for server in servers:
+        gains[server.server_id] = []
+        for uuid, hold in server.holds.items():
+            if uuid in holders:
+                holders[uuid].append((server, hold))
+    free = []
+    for position, gpu in enumerate(gpus):
+        visible = _visible(gpu, holders[gpu.uuid])
+        strangers = max(0, gpu.used_bytes - sum(visible))
+        promised = invisible = 0
+        for (server, hold), seen in zip(holders[gpu.uuid], visible, strict=True):
+            held = max(hold.reserved_bytes, seen)
+            promised += held
+            invisible += held - seen
+            gains[server.server_id].append((position, held))
+        by_books = gpu.total_bytes - strangers - promised
+        free.append(min(gpu.free_bytes - invisible, by_books) - headroom_bytes)
+    return free, gains
+
+
+def _visible(gpu: Gpu, holders: Sequence[tuple[RunningServer, Hold]]) -> list[int]:
+    """Return per holder the bytes of it that NVML's "used" contains.
+
+    Where the driver doesn't tell memory per process (containers, WDDM), used memory that nobody
+    else accounts for is that of our servers which have loaded. Counting them as strangers would
+    take their memory off twice.
+    """
+    unclaimed = max(0, gpu.used_bytes - sum(hold.visible_bytes for _, hold in holders))
+    visible = []
+    for server, hold in holders:
+        seen = hold.visible_bytes
+        if not seen and server.state is not ServerState.STARTING:
+            seen = min(hold.reserved_bytes, unclaimed)
+            unclaimed -= seen
+        visible.append(seen)
+    return visible

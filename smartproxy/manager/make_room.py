@@ -1,0 +1,140 @@
+"""Nothing fits now: choose who makes room for a load, or say what it waits for. Pure."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from smartproxy.manager import reasons
+from smartproxy.manager.evict import Victim, cheapest
+from smartproxy.manager.ledger import LEAVING
+from smartproxy.manager.place import Wish, capacities
+from smartproxy.manager.shapes import find_grown
+from smartproxy.manager.work import Verdict, Work, is_idle, placement_of, resident_until, wait
+from smartproxy.types import Evict, Placement, RunningServer, ServerState, Wait, WaitingLoad
+
+#: seconds that a load waits for busy servers before they are drained for it (or min_residency,
+#: where that is longer)
+FAIR_WAIT_S = 10.0
+#: a busy server is dearer than any number of idle ones
+_BUSY_COST = 1e9
+
+
+class _Keeps(StrEnum):
+    """What keeps a server that could be asked to go."""
+
+    NOTHING = "idle"
+    RESIDENCY = "idle, but loaded less than min_residency ago"
+    REQUESTS = "busy"
+    MORE = "starting, or busy and loaded less than min_residency ago"
+
+
+def make_room(work: Work, load: WaitingLoad, wish: Wish | None, code: str) -> Verdict:
+    """Return who goes for a load, or what it waits for. wish: None for a model on the CPU.
+
+    In this order: idle servers go now; young ones are waited for; busy ones are waited for, and
+    drained once the load has waited long; then whatever else could go one day.
+    """
+    groups = _grouped(work)
+    idle, fresh = groups[_Keeps.NOTHING], groups[_Keeps.RESIDENCY]
+    busy, more = groups[_Keeps.REQUESTS], groups[_Keeps.MORE]
+    settings, now = work.snapshot.settings, work.snapshot.now
+    waited_long = now - load.asked_at >= max(FAIR_WAIT_S, settings.min_residency_s)
+
+    chosen = _choose(work, wish, idle)
+    if chosen is not None:
+        return _evict(work, load, wish, chosen, code=code)
+    chosen = _choose(work, wish, idle + fresh) if fresh else None
+    if chosen is not None:
+        until = max(resident_until(work, server) for server in chosen)
+        reason = reasons.fresh(load.model_id, chosen, until - now)
+        return wait(load, reason, code, _book(work, load, wish, chosen))
+    chosen = _choose(work, wish, idle + busy) if busy else None
+    if chosen is not None and waited_long:
+        return _evict(work, load, wish, chosen, code=code)
+    if chosen is None:
+        chosen = _choose(work, wish, idle + fresh + busy + more)
+    if chosen is None:
+        return wait(load, _why_none(work, load, wish), code)
+    placement = _book(work, load, wish, chosen) if waited_long else None
+    return wait(load, reasons.in_the_way(load.model_id, chosen), code, placement)
+
+
+def _grouped(work: Work) -> dict[_Keeps, list[RunningServer]]:
+    """Return who could go, claimed and pinned ones and those that go already left out."""
+    groups: dict[_Keeps, list[RunningServer]] = {keeps: [] for keeps in _Keeps}
+    for server in work.snapshot.servers:
+        if not (server.pinned or server.state in LEAVING or server.server_id in work.claimed):
+            groups[_keeps(work, server)].append(server)
+    return groups
+
+
+def _keeps(work: Work, server: RunningServer) -> _Keeps:
+    resident = resident_until(work, server) > work.snapshot.now
+    if server.state is not ServerState.READY or (server.busy and resident):
+        return _Keeps.MORE
+    if server.busy:
+        return _Keeps.REQUESTS
+    return _Keeps.RESIDENCY if resident else _Keeps.NOTHING
+
+
+def _choose(
+    work: Work, wish: Wish | None, servers: list[RunningServer]
+) -> list[RunningServer] | None:
+    """Return the cheapest of these servers whose end lets the load in, or None."""
+    ledger, now = work.ledger, work.snapshot.now
+    victims = [
+        Victim(
+            server=server,
+            cost=work.cost(server, now) + (0.0 if is_idle(server) else _BUSY_COST),
+            gains=ledger.gains[server.server_id],
+        )
+        for server in servers
+    ]
+    capacity = capacities(wish.sites, ledger.later) if wish else []
+    chosen = cheapest(wish, capacity, victims, 1 - ledger.places_later)
+    return None if chosen is None else [victim.server for victim in chosen]
+
+
+def _book(
+    work: Work, load: WaitingLoad, wish: Wish | None, chosen: list[RunningServer]
+) -> Placement | None:
+    """Count the victims' memory as coming, and as this load's; return where it goes then."""
+    ledger = work.ledger
+    ledger.release_later(server.server_id for server in chosen)
+    work.claimed.update(server.server_id for server in chosen)
+    fit = find_grown(wish, capacities(wish.sites, ledger.later)) if wish else None
+    placement = placement_of(load, wish, fit, ledger.later) if wish and fit else None
+    ledger.take(fit.shares() if fit else (), starts=False)
+    return placement
+
+
+def _evict(
+    work: Work, load: WaitingLoad, wish: Wish | None, chosen: list[RunningServer], *, code: str
+) -> Verdict:
+    now = work.snapshot.now
+    placement = _book(work, load, wish, chosen)
+    evictions = tuple(
+        Evict(
+            server_id=server.server_id,
+            model_id=server.model_id,
+            for_model_id=load.model_id,
+            reason=reasons.evicted(server, load.model_id, now),
+            drains_busy=server.busy > 0,
+        )
+        for server in chosen
+    )
+    reason = reasons.making_room(load.model_id, chosen)
+    return Verdict(
+        action=Wait(model_id=load.model_id, reason=reason, code_at_timeout=code),
+        evictions=evictions,
+        placement=placement,
+    )
+
+
+def _why_none(work: Work, load: WaitingLoad, wish: Wish | None) -> str:
+    """Return why not even everyone's end would do: pinned servers and older loads are left."""
+    size = work.snapshot.settings.pool_size
+    pinned = [server.model_id for server in work.snapshot.servers if server.pinned]
+    if len(pinned) >= size:
+        return reasons.pool_pinned(load.model_id, size, pinned)
+    return reasons.behind_others(load.model_id)

@@ -1,0 +1,162 @@
+"""Find the GPUs where a model fits with the memory there is, and say why those.
+
+Input: a model's sizes, its policy, and bytes that each GPU can give. Output: a Fit, or None. Pure.
+
+A strategy is a function that names sets of GPUs in the order it likes them; the first that fits is
+taken. Over several GPUs, the set is always the k that can give most, in that order, biggest first:
+whatever fits any other k fits these, so "no fit" is never a matter of having looked at the wrong
+set, and more free memory never turns a fit into none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from smartproxy.manager.ledger import default_overhead_bytes as default_overhead_bytes
+from smartproxy.manager.sizes import Shape, Sizes, split
+from smartproxy.types import Estimate, Gpu, PlacePolicy, PlanSettings, Strategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A GPU as a place for one model."""
+
+    #: in the ledger's lists
+    position: int
+    gpu: Gpu
+    overhead_bytes: int
+    #: below gpu_util_threshold
+    calm: bool
+    #: calm, and its memory in use below gpu_mem_threshold: free for splitting
+    vacant: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """Sites in device order, and the estimate that was checked against each."""
+
+    sites: tuple[Site, ...]
+    estimate: Estimate
+
+    def shares(self) -> list[tuple[int, int]]:
+        """Return (position, bytes with overhead) per GPU: what gets reserved."""
+        return [
+            (site.position, device.buffers_bytes + site.overhead_bytes)
+            for site, device in zip(self.sites, self.estimate.devices, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """A model in one shape, and where it may go."""
+
+    sizes: Sizes
+    shape: Shape
+    #: the GPUs it may use
+    sites: tuple[Site, ...]
+    strategy: Strategy
+    max_gpus: int
+
+
+#: sets of sites in order of preference, given each site's capacity (by position)
+Sets = Callable[[Wish, Sequence[int]], Iterator[tuple[Site, ...]]]
+
+
+def sites_for(
+    policy: PlacePolicy, gpus: Sequence[Gpu], overheads: Sequence[int], settings: PlanSettings
+) -> tuple[Site, ...]:
+    """Return the GPUs that a model may use, in NVML index order."""
+    sites = []
+    for position, (gpu, overhead) in enumerate(zip(gpus, overheads, strict=True)):
+        if policy.allowed_uuids is None or gpu.uuid in policy.allowed_uuids:
+            calm = gpu.utilization < settings.gpu_util_threshold
+            vacant = calm and gpu.used_bytes <= settings.gpu_mem_threshold * gpu.total_bytes
+            sites.append(
+                Site(position=position, gpu=gpu, overhead_bytes=overhead, calm=calm, vacant=vacant)
+            )
+    return tuple(sites)
+
+
+def capacities(sites: Sequence[Site], room: Sequence[int]) -> list[int]:
+    """Return, by position, what each site can give for buffers: its room less the overhead."""
+    capacity = [-1] * len(room)
+    for site in sites:
+        capacity[site.position] = room[site.position] - site.overhead_bytes
+    return capacity
+
+
+def find(wish: Wish, capacity: Sequence[int]) -> Fit | None:
+    """Return the place that the wish's strategy likes best among those that fit."""
+    if not any(capacity[site.position] > 0 for site in wish.sites):
+        return None
+    for sites in STRATEGIES[wish.strategy](wish, capacity):
+        fit = fit_on(wish, sites, capacity)
+        if fit is not None:
+            return fit
+    return None
+
+
+def fit_on(wish: Wish, sites: tuple[Site, ...], capacity: Sequence[int]) -> Fit | None:
+    """Return the fit over exactly these sites, in this device order, or None."""
+    if len(sites) == 1:
+        if wish.sizes.single_bytes(wish.shape) > capacity[sites[0].position]:
+            return None
+        return Fit(sites=sites, estimate=wish.sizes.estimate(wish.shape, (1.0,)))
+    estimate = split(wish.sizes, wish.shape, [capacity[site.position] for site in sites])
+    return Fit(sites=sites, estimate=estimate) if estimate is not None else None
+
+
+# --- strategies ------------------------------------------------------------------------------
+
+
+def _single_gpu_preferred(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
+    """One GPU, calm ones first, the one with most room; else the fewest that fit."""
+    order = sorted(wish.sites, key=lambda s: (not s.calm, -capacity[s.position], s.position))
+    yield from ((site,) for site in order)
+    yield from _fewest(wish, capacity)
+
+
+def _packed(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
+    """One GPU, calm ones first, the tightest that fits: big holes stay whole; else the fewest."""
+    order = sorted(wish.sites, key=lambda s: (not s.calm, capacity[s.position], s.position))
+    yield from ((site,) for site in order)
+    yield from _fewest(wish, capacity)
+
+
+def _distribute(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
+    """As many GPUs as allowed, vacant ones first; one only where there is no second."""
+    if not several_allowed(wish):
+        yield from ((site,) for site in wish.sites)
+        return
+    for sites in (_vacant(wish), wish.sites):
+        for count in range(min(wish.max_gpus, len(sites)), 1, -1):
+            yield _biggest(sites, capacity, count)
+
+
+STRATEGIES: Mapping[Strategy, Sets] = {
+    Strategy.SINGLE_GPU_PREFERRED: _single_gpu_preferred,
+    Strategy.PACKED: _packed,
+    Strategy.DISTRIBUTE: _distribute,
+}
+
+
+def several_allowed(wish: Wish) -> bool:
+    """Return whether the model may be split at all."""
+    return min(wish.max_gpus, len(wish.sites), wish.shape.gpu_layers) > 1
+
+
+def _fewest(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
+    vacant = _vacant(wish)
+    for count in range(2, min(wish.max_gpus, len(wish.sites)) + 1):
+        if count <= len(vacant) < len(wish.sites):
+            yield _biggest(vacant, capacity, count)
+        yield _biggest(wish.sites, capacity, count)
+
+
+def _vacant(wish: Wish) -> tuple[Site, ...]:
+    return tuple(site for site in wish.sites if site.vacant)
+
+
+def _biggest(sites: Sequence[Site], capacity: Sequence[int], count: int) -> tuple[Site, ...]:
+    return tuple(sorted(sites, key=lambda s: (-capacity[s.position], s.position))[:count])
