@@ -18,8 +18,6 @@ from smartproxy.types import MIB, ModelMetadata
 
 #: head sizes for which CUDA has a flash attention kernel (fattn.cu, get_best_kernel)
 FLASH_HEAD_LENGTHS = frozenset({40, 64, 72, 80, 96, 112, 128, 256, 512, 576})
-#: small tensors that no rule names
-_SMALL_BYTES = 64 * 1024
 _F32 = 4
 
 
@@ -37,6 +35,8 @@ class Graph:
     #: rows of logits
     outputs: int
     mixed_cache_types: bool
+    #: False leaves attention's own moment out
+    attends: bool = True
 
     @property
     def row_bytes(self) -> int:
@@ -63,7 +63,12 @@ def device_bytes(metadata: ModelMetadata, graph: Graph) -> int:
         # quantized caches are rotated by a square matrix for K and one for V
         rotation = 2 * _F32 * max(metadata.key_length, metadata.value_length, 64) ** 2
     mixed = graph.row_bytes * metadata.embedding_length if graph.mixed_cache_types else 0
-    return widest + mask_bytes(metadata, graph) + rotation + mixed + _SMALL_BYTES
+    return widest + mask_bytes(metadata, graph) + rotation + mixed + _small_bytes(graph)
+
+
+def attention_bytes(metadata: ModelMetadata, graph: Graph) -> int:
+    """Return what attention takes by itself, masks included, in bytes."""
+    return _attention_moment(metadata, graph) + mask_bytes(metadata, graph)
 
 
 def mask_bytes(metadata: ModelMetadata, graph: Graph) -> int:
@@ -78,6 +83,11 @@ def mask_bytes(metadata: ModelMetadata, graph: Graph) -> int:
     caches = (graph.full_cells > 0) + (graph.sliding_cells > 0)
     value = max(metadata.kv_head_counts, default=0) * metadata.value_length
     return masks + 8 * graph.shape.tokens * value * caches
+
+
+def _small_bytes(graph: Graph) -> int:
+    """Positions, row numbers and other small tensors that no rule names."""
+    return 64 * 1024 + 32 * graph.shape.tokens
 
 
 def _encoder_bytes(metadata: ModelMetadata, graph: Graph) -> int:
@@ -103,16 +113,24 @@ def _moments(metadata: ModelMetadata, graph: Graph) -> Iterator[int]:
         used = metadata.expert_used_count
         inside = 3 * used * metadata.expert_feed_forward_length + 4 * width
         yield row * max(inside, 2 * used * width + 5 * width)
-    if any(metadata.kv_head_counts) and not metadata.recurrent_only:
-        yield _attention_bytes(metadata, graph)
+    if graph.attends:
+        yield _attention_moment(metadata, graph)
     if any(metadata.recurrent_layers):
-        convolved = metadata.ssm_inner_size + 2 * metadata.ssm_group_count * metadata.ssm_state_size
-        projected = metadata.ssm_inner_size + convolved + metadata.ssm_rank
-        state = 2 * _F32 * metadata.ssm_state_elements * graph.shape.slots
-        yield (row * (4 * width + projected + 2 * convolved + metadata.ssm_inner_size) + state)
+        yield row * 4 * width + state_space_bytes(metadata, graph)
 
 
-def _attention_bytes(metadata: ModelMetadata, graph: Graph) -> int:
+def state_space_bytes(metadata: ModelMetadata, graph: Graph) -> int:
+    """Return what a recurrent layer takes besides the hidden state, in bytes."""
+    inner = metadata.ssm_inner_size
+    convolved = inner + 2 * metadata.ssm_group_count * metadata.ssm_state_size
+    projected = inner + convolved + metadata.ssm_rank
+    states = 2 * _F32 * metadata.ssm_state_elements * graph.shape.slots
+    return graph.row_bytes * (projected + 2 * convolved + inner) + states
+
+
+def _attention_moment(metadata: ModelMetadata, graph: Graph) -> int:
+    if metadata.recurrent_only or not any(metadata.kv_head_counts):
+        return 0
     row, width, query = graph.row_bytes, metadata.embedding_length, metadata.query_length
     heads = max(metadata.head_counts, default=0)
     if metadata.latent_attention:

@@ -114,7 +114,7 @@ def _compute_bytes(laid: LaidOut, index: int) -> int:
     if laid.pipelined:
         own += _pipeline_bytes(laid, first=first)
     if used and not laid.options.kv_offload:
-        own += 3 * laid.row_bytes
+        own += 4 * laid.row_bytes
     return streaming_bytes(laid, own, alone) if first else own
 
 
@@ -134,7 +134,7 @@ def _pipeline_bytes(laid: LaidOut, *, first: bool) -> int:
     if first:
         copied += 9 * row
     if any(laid.metadata.recurrent_layers):
-        copied += 8 * row
+        copied += (11 if laid.metadata.recurrent_only else 8) * row
     return copied
 
 

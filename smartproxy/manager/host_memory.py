@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from smartproxy.manager.compute_buffer import device_bytes, mask_bytes
+from smartproxy.manager.compute_buffer import device_bytes, mask_bytes, state_space_bytes
 from smartproxy.manager.laid_out import LaidOut
 from smartproxy.manager.layer_split import HOST
 from smartproxy.types import DeviceBytes, FileSpan, LayerTensors
@@ -71,12 +71,12 @@ def _compute_bytes(laid: LaidOut) -> int:
 
 
 def _host_state_bytes(laid: LaidOut) -> int:
-    """Return what recurrent layers add whose state stays on the host."""
-    metadata = laid.metadata
-    if laid.options.kv_offload or not any(metadata.recurrent_layers):
-        return 0
-    state = metadata.ssm_state_elements + metadata.conv_state_elements
-    return 2 * _F32 * state * laid.shape.slots + 2 * laid.row_bytes
+    """Return what recurrent layers take on the host whose state stays there."""
+    for layer, device in enumerate(laid.devices[:-1]):
+        stays = device == HOST or not laid.options.kv_offload
+        if stays and laid.metadata.recurrent_layers[layer]:
+            return state_space_bytes(laid.metadata, laid.graph)
+    return 0
 
 
 def _small_bytes(laid: LaidOut) -> int:
