@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -30,8 +31,6 @@ class PortBroker:
 
     async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Grant:
         self.counts["asked"] += 1
-        if model_id.startswith("!"):
-            raise from_code(model_id[1:], "as the test asked")
         ports, _, gate = model_id.partition("@")
         try:
             while gate and not Path(gate).exists():
@@ -39,6 +38,10 @@ class PortBroker:
         except asyncio.CancelledError:
             self.counts["cancelled"] += 1
             raise
+        if ports.startswith("!"):
+            raise from_code(ports[1:], "as the test asked")
+        if ports == "hang":
+            time.sleep(60)
         usable = [int(port) for port in ports.split(",") if int(port) != avoid_server_id]
         port = usable[0] if usable else int(ports.split(",")[0])
         self.held[str(port)] += 1

@@ -15,6 +15,8 @@ READ_BYTES = 65536
 #: above this the other side is not read any further, until LOW_WATER_BYTES are left
 HIGH_WATER_BYTES = 262144
 LOW_WATER_BYTES = 65536
+#: for a peer to close after we have
+LINGER_S = 2.0
 
 
 class Channel:
@@ -160,3 +162,24 @@ class Channel:
     def _tell_broken(self, error: OSError) -> None:
         if not self.closed:
             self._on_end(error)
+
+
+def close_gently(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    """Close a socket once its peer has; closing it with bytes unread would reset the connection.
+
+    The peer would then lose what it has not read yet (RFC 9112 9.6). Loop thread; returns at once.
+    """
+
+    def ended(_error: OSError | None = None) -> None:
+        timer.cancel()
+        channel.close()
+
+    sock.setblocking(False)
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        sock.close()
+        return
+    channel = Channel(loop, sock, lambda _data: None, ended)
+    channel.read(True)
+    timer = loop.call_later(LINGER_S, ended)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from werkzeug.datastructures import Headers
 
 from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
 from smartproxy.proxy import accel
+from smartproxy.proxy.channel import close_gently
 from smartproxy.proxy.clients import EVENT_STREAM_HEAD, Client
 from smartproxy.proxy.exchange import ClientStalled, Exchange, Job, ServerDied
 from smartproxy.proxy.wsgi_client import WsgiClient
@@ -228,6 +230,10 @@ class RelayLoop:
     def stop_all(self) -> None:
         """End every open request with the error `shutting_down` (any thread, does not wait)."""
         self.loop.call_soon_threadsafe(self._stop_all)
+
+    def close_gently(self, sock: socket.socket) -> None:
+        """Close a client's socket once the client has read what was sent (any thread, no wait)."""
+        self.loop.call_soon_threadsafe(close_gently, self.loop, sock)
 
     def silent_s(self) -> float:
         """Return for how long the loop has not run (any thread); about a second when it is well."""

@@ -6,14 +6,12 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-from smartproxy.proxy.channel import HIGH_WATER_BYTES, Channel
+from smartproxy.proxy.channel import HIGH_WATER_BYTES, Channel, close_gently
 from smartproxy.proxy.clients import Client
 from smartproxy.proxy.http_wire import AnswerHead, Framing, client_head
 
 #: of a client's next request, read while it still gets this answer
 MAX_READ_AHEAD_BYTES = 65536
-#: for a client to close after we have, so that its last bytes do not reset what it has not read yet
-LINGER_S = 2.0
 #: for a client to take something of an answer that is complete on our side
 FLUSH_STALL_S = 60.0
 
@@ -42,7 +40,6 @@ class SocketClient(Client):
         self._loop = loop
         self._head = b""
         self._on_done = on_done
-        self._lingers = False
         self._timer: asyncio.TimerHandle | None = None
         self._channel = Channel(loop, sock, self._on_data, self._on_end)
         self._channel.on_drain = self._drained
@@ -83,8 +80,6 @@ class SocketClient(Client):
         self._head = client_head(head, self.framing, self.keep_alive)
 
     def _on_data(self, data: bytes) -> None:
-        if self._lingers:
-            return
         self.read_ahead += data
         if len(self.read_ahead) > MAX_READ_AHEAD_BYTES:
             self._channel.read(False)
@@ -99,7 +94,7 @@ class SocketClient(Client):
     def _drained(self) -> None:
         if not self.ended:
             self.on_room()
-        elif not self._channel.buffered_bytes and not self._lingers:
+        elif not self._channel.buffered_bytes:
             self._let_go()
 
     def _watch_flush(self, before_bytes: int) -> None:
@@ -116,18 +111,10 @@ class SocketClient(Client):
         """All is written: give the socket back, or close it without a reset (RFC 9112 9.6)."""
         if self._timer:
             self._timer.cancel()
-        if self.keep_alive:
-            self._channel.detach()
-            self._on_done(self)
-            return
-        try:
-            self._channel.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._close()
-            return
-        self._lingers = True
-        self._timer = self._loop.call_later(LINGER_S, self._close)
-        self._channel.read(True)
+        sock = self._channel.detach()
+        if not self.keep_alive:
+            close_gently(self._loop, sock)
+        self._on_done(self)
 
     def _close(self) -> None:
         if self._timer:

@@ -71,7 +71,7 @@ class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def notify(self) -> None:
         """Show the master a sign of life only while the relay's loop has one too."""
-        if relay_loop().silent_s() < max(self.timeout, 5):
+        if not self.cfg.timeout or relay_loop().silent_s() < self.cfg.timeout:
             super().notify()
 
     # --- a request's way out: worker threads ------------------------------------------------------
@@ -159,7 +159,12 @@ class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     def finish_request(self, conn: Any, fs: Future[Any]) -> None:
         if not fs.cancelled() and fs.exception() is None and isinstance(fs.result(), RelayTicket):
             return  # the relay has it
-        super().finish_request(conn, fs)
+        if fs.cancelled() or fs.exception() or fs.result():
+            super().finish_request(conn, fs)
+            return
+        # gunicorn would wait here, in its only loop, up to 2 s for the client to close too
+        self.nr_conns -= 1
+        relay_loop().close_gently(conn.sock)
 
     def enqueue_req(self, conn: Any) -> None:
         """Give a connection to a thread once it has something to read.
@@ -183,6 +188,8 @@ class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         if not self.alive:
+            for listener in self.sockets:  # else the kernel still takes connections nobody serves
+                listener.close()
             timeout = min(timeout, self._farewell())
         super().wait_for_and_dispatch_events(timeout)
 
