@@ -1,6 +1,7 @@
-"""Decide for every waiting load: start it, make room for it, let it wait, or refuse it.
+"""What to do now for all waiting loads, and what would happen to one: the planner's two questions.
 
-Input: a Snapshot. Output: a Decision. Pure: the same snapshot always gives the same decision.
+Input: a Snapshot. Output: a Decision, or an Explanation. Pure: the same snapshot always gives the
+same answer.
 
 Loads are served oldest first. One that can't start now gets the memory and the place that are being
 freed for it booked (`Ledger.later`), and a younger one may take only what is left beside that. A
@@ -11,31 +12,24 @@ queue behind. So nobody starves, and nothing busy is ever stopped.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from smartproxy.manager import evict, reasons, shapes
-from smartproxy.manager.ledger import LEAVING, overhead_bytes
-from smartproxy.manager.make_room import make_room
-from smartproxy.manager.place import Wish, capacities, find, sites_for
-from smartproxy.manager.sizes import Sizes
+from smartproxy.manager import evict
+from smartproxy.manager.candidates import candidates
+from smartproxy.manager.decide import decide
 from smartproxy.manager.work import (
     Cost,
     Verdict,
     Work,
-    await_coming,
     is_idle,
     open_work,
-    placement_of,
     resident_until,
-    start,
-    wait,
     wish_of,
 )
 from smartproxy.types import (
     Decision,
     Evict,
-    Placement,
+    Explanation,
     Refuse,
+    ServerState,
     Snapshot,
     Start,
     Wait,
@@ -57,42 +51,47 @@ def plan(snapshot: Snapshot, *, cost: Cost = evict.cost) -> Decision:
     )
 
 
-def decide(work: Work, load: WaitingLoad) -> Verdict:
-    """Return one load's verdict and book what it takes or waits for."""
-    server = work.live.get(load.model_id)
-    if server is not None:
-        reason = f"model '{load.model_id}' has a server: it is {server.state.value}"
-        return wait(load, reason, "gpu_memory_busy")
-    if work.snapshot.gpus is None:
-        reason = f"model '{load.model_id}' waits for the first look at the GPUs"
-        return wait(load, reason, "gpu_memory_busy")
-    if load.policy.force_cpu:
-        return _on_cpu(work, load, "`cpu` is set for it")
-    if load.policy.gpu_layers == 0:
-        return _on_cpu(work, load, "its `gpu_layers` is 0")
-    if not work.snapshot.gpus:
-        return _on_cpu(work, load, "there is no GPU", for_want_of_gpu=True)
-    return _on_gpu(work, load, wish_of(work, load))
-
-
-# --- on the CPU ------------------------------------------------------------------------------
-
-
-def _on_cpu(work: Work, load: WaitingLoad, why: str, *, for_want_of_gpu: bool = False) -> Verdict:
-    """Return a load's verdict where only places count: host memory is the system's to divide."""
-    estimate = Sizes(need=load.need).estimate(shapes.on_cpu(load.need), ())
-    placement = Placement(
-        gpus=(),
-        layout=estimate.layout,
-        estimate=estimate,
-        reason=reasons.on_cpu(load.model_id, why),
-        on_cpu_for_want_of_gpu=for_want_of_gpu,
+def explain(snapshot: Snapshot, load: WaitingLoad) -> Explanation:
+    """Return what would happen to this load now, as the youngest unless it waits already."""
+    work = open_work(snapshot, evict.cost)
+    for older in snapshot.loads:
+        if older.model_id == load.model_id:
+            load = older
+            break
+        decide(work, older)
+    gpus = candidates(work, wish_of(work, load))
+    verdict = decide(work, load)
+    loaded = work.live.get(load.model_id)
+    ready = loaded is not None and loaded.state is ServerState.READY
+    return Explanation(
+        model_id=load.model_id,
+        action="loaded" if ready else _name(verdict),
+        reason=_reason(verdict),
+        placement=verdict.placement,
+        candidates=gpus,
+        evictions=verdict.evictions,
+        code=None if ready else _code(verdict),
     )
-    if min(work.ledger.places_now, work.ledger.places_later) > 0:
-        return start(work, load, placement)
-    if work.ledger.places_later > 0:
-        return await_coming(work, load, (placement, None), "pool_busy")
-    return replace(make_room(work, load, None, "pool_busy"), placement=placement)
+
+
+def _name(verdict: Verdict) -> str:
+    if verdict.evictions:
+        return "evict"
+    return {Start: "start", Wait: "wait", Refuse: "refuse"}[type(verdict.action)]
+
+
+def _reason(verdict: Verdict) -> str:
+    action = verdict.action
+    if isinstance(action, Start):
+        return action.placement.reason
+    return action.reason if isinstance(action, Wait) else action.message
+
+
+def _code(verdict: Verdict) -> str | None:
+    action = verdict.action
+    if isinstance(action, Start):
+        return None
+    return action.code_at_timeout if isinstance(action, Wait) else action.code
 
 
 def _back_to_gpu(work: Work) -> list[Evict]:
@@ -112,86 +111,3 @@ def _back_to_gpu(work: Work) -> list[Evict]:
         and resident_until(work, server) <= work.snapshot.now
         and server.server_id not in work.claimed
     ]
-
-
-# --- on GPUs ---------------------------------------------------------------------------------
-
-
-def _on_gpu(work: Work, load: WaitingLoad, wish: Wish) -> Verdict:
-    """Return a load's verdict: now, when what leaves is gone, or after evictions."""
-    ledger = work.ledger
-    room = ledger.room()
-    fit = shapes.find_grown(wish, capacities(wish.sites, room))
-    if fit is None:
-        within_reach = _within_reach(work, load, wish)
-        if isinstance(within_reach, Verdict):
-            return within_reach
-        if within_reach is not wish:
-            wish = within_reach
-            fit = shapes.find_grown(wish, capacities(wish.sites, room))
-    if fit is not None and min(ledger.places_now, ledger.places_later) > 0:
-        return start(work, load, placement_of(load, wish, fit, room), fit)
-    code = "pool_busy" if fit is not None else "gpu_memory_busy"
-    goal = shapes.find_grown(wish, capacities(wish.sites, ledger.later))
-    if goal is not None and ledger.places_later > 0:
-        placement = placement_of(load, wish, goal, ledger.later)
-        return await_coming(work, load, (placement, goal), code)
-    return make_room(work, load, wish, code)
-
-
-def _within_reach(work: Work, load: WaitingLoad, wish: Wish) -> Wish | Verdict:
-    """Return the wish in a shape that we could make room for, or what happens instead.
-
-    We could end every server that is not pinned; strangers' memory is not ours to free.
-    """
-    reach = list(work.ledger.at_first)
-    for server in work.snapshot.servers:
-        if not server.pinned or server.state in LEAVING:
-            for position, size in work.ledger.gains[server.server_id]:
-                reach[position] += size
-    capacity = capacities(wish.sites, reach)
-    if find(wish, capacity) is not None:
-        return wish
-    if load.policy.partial_offload and load.policy.gpu_layers is None:
-        shape = shapes.partial(wish, capacity)
-        if shape is not None:
-            return replace(wish, shape=shape)
-    if load.policy.cpu_fallback:
-        why = "the GPUs can't give it enough, and cpu_fallback is set"
-        return _on_cpu(work, load, why, for_want_of_gpu=not work.ledger.gpus)
-    return _out_of_reach(work, load, wish, reach)
-
-
-def _out_of_reach(work: Work, load: WaitingLoad, wish: Wish, reach: list[int]) -> Verdict:
-    """Refuse what would not fit the machine if it were empty; else strangers may leave: wait."""
-    gpus = work.snapshot.gpus or ()
-    settings = work.snapshot.settings
-    sites = sites_for(
-        load.policy, gpus, [overhead_bytes(gpu, work.snapshot) for gpu in gpus], settings
-    )
-    empty = [gpu.total_bytes - settings.headroom_bytes for gpu in gpus]
-    machine = replace(wish, sites=sites, max_gpus=load.policy.max_gpus or len(sites))
-    needed, available, count = _needed(machine, empty)
-    if find(machine, capacities(sites, empty)) is None:
-        message = reasons.too_big(load.model_id, needed, available, count)
-        code = "insufficient_gpu_memory"
-        action = Refuse(model_id=load.model_id, code=code, message=message)
-        return Verdict(action=action)
-    free = {gpu.uuid: free for gpu, free in zip(work.ledger.gpus, reach, strict=True)}
-    states = [reasons.gpu_state(site.gpu, free.get(site.gpu.uuid, 0)) for site in sites]
-    pinned = [server.model_id for server in work.snapshot.servers if server.pinned]
-    reason = reasons.blocked(load.model_id, needed, states, pinned)
-    return wait(load, reason, "gpu_memory_busy")
-
-
-def _needed(machine: Wish, empty: list[int]) -> tuple[int, int, int]:
-    """Return bytes needed over the largest set of GPUs, overhead included, its bytes and size."""
-    count = min(machine.max_gpus, len(machine.sites), machine.shape.gpu_layers)
-    largest = sorted(machine.sites, key=lambda site: -empty[site.position])[:count]
-    sizes, shape = machine.sizes, machine.shape
-    if count < 2:
-        needed = sizes.single_bytes(shape)
-    else:
-        needed = sizes.layer_sums(shape)[-1] + sum(sizes.fixed_bytes(shape, count))
-    needed += sum(site.overhead_bytes for site in largest)
-    return needed, sum(empty[site.position] for site in largest), count

@@ -1,0 +1,59 @@
+"""Every GPU of the machine as a place for one model, with its numbers, for people to read. Pure."""
+
+from __future__ import annotations
+
+from smartproxy.manager.place import Site, Wish
+from smartproxy.manager.reasons import gb
+from smartproxy.manager.work import Work
+from smartproxy.types import CandidateGpu, Gpu
+
+
+def candidates(work: Work, wish: Wish) -> tuple[CandidateGpu, ...]:
+    """Return one entry per GPU, in NVML index order, before this load's decision is booked."""
+    sites = {site.gpu.uuid: site for site in wish.sites}
+    positions = {gpu.uuid: position for position, gpu in enumerate(work.ledger.gpus)}
+    return tuple(
+        _candidate(work, wish, gpu, (positions.get(gpu.uuid), sites.get(gpu.uuid)))
+        for gpu in work.snapshot.gpus or ()
+    )
+
+
+def _candidate(
+    work: Work, wish: Wish, gpu: Gpu, place: tuple[int | None, Site | None]
+) -> CandidateGpu:
+    position, site = place
+    free = later = 0
+    if position is not None:
+        free, later = work.ledger.room()[position], work.ledger.later[position]
+    needed = wish.sizes.single_bytes(wish.shape) + site.overhead_bytes if site else None
+    fits_now = needed is not None and needed <= free
+    if gpu.error is not None:
+        note = f"in error: {gpu.error}"
+    elif site is None or needed is None:
+        note = "not allowed (`gpus`)"
+    else:
+        note = _note(work, site, needed, (free, later))
+    return CandidateGpu(
+        uuid=gpu.uuid,
+        index=gpu.index,
+        name=gpu.name,
+        free_bytes=free,
+        free_later_bytes=later,
+        needed_bytes=needed,
+        fits_now=fits_now,
+        note=note,
+    )
+
+
+def _note(work: Work, site: Site, needed: int, room: tuple[int, int]) -> str:
+    free, later = room
+    empty = site.gpu.total_bytes - work.snapshot.settings.headroom_bytes
+    if needed <= free:
+        note = f"fits: {gb(needed)} of {gb(free)}"
+    elif needed <= later:
+        note = "fits when what is being freed is free"
+    elif needed <= empty:
+        note = f"no room: {gb(needed)} needed, {gb(max(0, free))} free"
+    else:
+        note = f"too small for the whole model: {gb(needed)} needed, {gb(empty)} when empty"
+    return note if site.calm else f"{note}; busy ({site.gpu.utilization:.0f} % utilisation)"
