@@ -1,0 +1,86 @@
+"""Estimates as text: a table, bars, a matrix. Pure: values in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tabulate import tabulate
+
+from smartproxy.types import GIB, MIB, DeviceBytes, Estimate, ModelMetadata
+
+BAR_WIDTH = 50
+SMALLEST_CONTEXT = 2048
+_PARTS = ("weights", "kv_cache", "recurrent", "compute", "overhead")
+_FILLS = dict(zip(_PARTS, "█▓▒░·", strict=True))
+
+
+def heading(file: Path, metadata: ModelMetadata, predicted: Estimate) -> str:
+    """Return one or two lines: what the model is, and whether to trust the numbers."""
+    lines = [
+        f"{file}: {metadata.architecture}, {metadata.parameters / 1e9:.2f} B parameters,"
+        f" {metadata.quantization}, {predicted.layout.context_size} tokens,"
+        f" {predicted.layout.gpu_layers} of {metadata.layer_count + 1} layers on"
+        f" {len(predicted.devices)} GPU{'s' if len(predicted.devices) != 1 else ''}"
+    ]
+    if metadata.unknown is not None:
+        lines.append(f"Unknown {metadata.unknown}: deliberately high.")
+    return "\n".join(lines)
+
+
+def table(predicted: Estimate) -> str:
+    """Return the parts in MiB, a line per device, the host last."""
+    rows = [[name, *_mebibytes(device)] for name, device in _named(predicted)]
+    headers = ["MiB", "weights", "KV cache", "state", "compute", "overhead", "total"]
+    return tabulate(rows, headers=headers, floatfmt=".1f", tablefmt="simple")
+
+
+def bars(predicted: Estimate) -> str:
+    """Return a bar per device, all on one scale, and the key to their fills."""
+    largest = max(device.total_bytes for _, device in _named(predicted)) or 1
+    lines = [
+        f"{name:<6} {_bar(device, largest):<{BAR_WIDTH}} {device.total_bytes / GIB:.2f} GB"
+        for name, device in _named(predicted)
+    ]
+    key = "  ".join(f"{fill} {part.replace('_', ' ')}" for part, fill in _FILLS.items())
+    return "\n".join(["", *lines, f"{'':<6} {key}"])
+
+
+def context_sizes(trained: int) -> list[int]:
+    """Return the matrix's rows: powers of two up to the trained context, and that itself."""
+    sizes, size = [], SMALLEST_CONTEXT
+    while size < trained:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, trained]
+
+
+def matrix(cells: Mapping[int, Mapping[str, int]], card_bytes: int) -> str:
+    """Return GB on the fullest GPU by context size and cache type; "(no)" marks what is too big."""
+    kinds = list(next(iter(cells.values())))
+    rows = [[size, *(_cell(cells[size][kind], card_bytes) for kind in kinds)] for size in cells]
+    title = f"\nGB on the fullest GPU; (no) = does not fit {card_bytes / GIB:g} GB"
+    return f"{title}\n{tabulate(rows, headers=['tokens', *kinds], tablefmt='simple')}"
+
+
+def _cell(total_bytes: int, card_bytes: int) -> str:
+    return f"{total_bytes / GIB:.2f}" + ("" if total_bytes <= card_bytes else " (no)")
+
+
+def _named(predicted: Estimate) -> list[tuple[str, DeviceBytes]]:
+    devices = [(f"GPU {index}", device) for index, device in enumerate(predicted.devices)]
+    return [*devices, ("host", predicted.host)]
+
+
+def _mebibytes(device: DeviceBytes) -> list[float]:
+    parts = [getattr(device, f"{part}_bytes") / MIB for part in _PARTS]
+    return [*parts, device.total_bytes / MIB]
+
+
+def _bar(device: DeviceBytes, largest: int) -> str:
+    bar, done = "", 0
+    for part, fill in _FILLS.items():
+        # ends are rounded, not lengths, so that errors do not add up
+        done += getattr(device, f"{part}_bytes")
+        bar += fill * (round(done / largest * BAR_WIDTH) - len(bar))
+    return bar

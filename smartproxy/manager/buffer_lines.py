@@ -1,0 +1,67 @@
+"""Read what a server really allocated from its own log. Pure: lines in, bytes out.
+
+Needs log verbosity 4 (`-lv 4`). Builds b10068 to b11434 write the same lines, whatever stands
+before them (time stamp, level, function):
+
+    load_tensors:      Vulkan0 model buffer size =    92.10 MiB
+    llama_kv_cache:    Vulkan0 KV buffer size =    45.00 MiB
+    llama_memory_recurrent:      CUDA0 RS buffer size =    55.37 MiB
+    sched_reserve: Vulkan_Host compute buffer size =     4.26 MiB
+    llama_context:        CPU  output buffer size =     0.19 MiB
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from smartproxy.types import MIB, DeviceBytes
+
+#: the name under which everything that is not a device's is summed
+HOST = "host"
+
+_LINE = re.compile(
+    r":\s+(?P<buffer>[\w.\[\]:-]+)\s+(?P<part>model|KV|RS|compute|output) buffer size ="
+    r"\s*(?P<mebibytes>\d+(?:\.\d+)?) MiB"
+)
+_FIELDS = {
+    "model": "weights_bytes",
+    "KV": "kv_cache_bytes",
+    "RS": "recurrent_bytes",
+    "compute": "compute_bytes",
+    # the host reads results from it; the estimate counts it with the graph's host side
+    "output": "compute_bytes",
+}
+#: pinned, mapped and repacked memory is the host's too: CUDA_Host, CPU_Mapped, CPU_REPACK
+_HOST_BUFFER = re.compile(r"(CPU|BLAS|AMX)(_.*)?|.*_Host")
+
+
+def measured_buffers(lines: Iterable[str]) -> Mapping[str, DeviceBytes]:
+    """Return bytes by device name ("CUDA0", "RPC0[127.0.0.1:50052]"), and HOST.
+
+    The log rounds to 0.01 MiB. The compute buffer is reserved anew in steps: the last size
+    counts; the others are printed once per file, cache or model and add up. Empty where the log
+    has no such lines. Lines of a draft model's load are summed with the model's own.
+    """
+    sums: dict[str, dict[str, int]] = {}
+    computes: dict[str, int] = {}
+    for line in lines:
+        match = _LINE.search(line)
+        if match is None:
+            continue
+        size = round(float(match["mebibytes"]) * MIB)
+        if match["part"] == "compute":
+            computes[match["buffer"]] = size
+            continue
+        parts = sums.setdefault(_device(match["buffer"]), {})
+        field = _FIELDS[match["part"]]
+        parts[field] = parts.get(field, 0) + size
+    for buffer, size in computes.items():
+        parts = sums.setdefault(_device(buffer), {})
+        parts["compute_bytes"] = parts.get("compute_bytes", 0) + size
+    return MappingProxyType({name: DeviceBytes(**parts) for name, parts in sums.items()})
+
+
+def _device(buffer: str) -> str:
+    return HOST if _HOST_BUFFER.fullmatch(buffer) else buffer
