@@ -60,7 +60,7 @@ def matrix(cells: Mapping[int, Mapping[str, int]], card_bytes: int) -> str:
     kinds = list(next(iter(cells.values())))
     rows = [[size, *(_cell(cells[size][kind], card_bytes) for kind in kinds)] for size in cells]
     title = f"\nGB on the fullest GPU; (no) = does not fit {card_bytes / GIB:g} GB"
-    return f"{title}\n{tabulate(rows, headers=['tokens', *kinds], tablefmt='simple')}"
+    return f"{title}\n{tabulate(rows, ['tokens', *kinds], 'simple', disable_numparse=True)}"
 
 
 def _cell(total_bytes: int, card_bytes: int) -> str:
