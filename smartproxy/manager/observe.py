@@ -9,8 +9,8 @@ Calls block, for seconds when a driver is in trouble. So one thread of the calle
 lets other threads run during a call. A call that never returns costs that one thread; don't wait
 for `close` then, the end of the process ends it.
 
-MIG: a GPU in MIG mode is replaced by its slices, each an entry of its own (`mig`, uuid "MIG-…",
-the index from MIG_INDEX_BASE on). CUDA gives a process one slice at most: never split over them.
+MIG: a GPU in MIG mode is replaced by its slices (`mig`, uuid "MIG-…", index from MIG_INDEX_BASE
+on). CUDA gives a process one slice at most: never split over them.
 Unified memory (Jetson, GB10): NVML knows no memory size; the host's MemTotal and MemAvailable stand
 in, as in llama.cpp (ggml-cuda.cu, ggml_backend_cuda_device_get_memory, integrated devices).
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,10 +87,9 @@ class GpuObserver:
         """Shut NVML down; the next `observe` opens it again."""
         if self._open:
             self._open = False
-            try:
-                pynvml.nvmlShutdown()
-            except pynvml.NVMLError as error:
-                self._reason = f"NVML would not shut down: {error}"
+            # a driver that has gone away says no to this too, and that is as good
+            with suppress(ObserveError):
+                _ask(pynvml.nvmlShutdown)
         self._retry_at = self._clock()
 
     def _reopen(self) -> None:
@@ -162,9 +162,7 @@ class GpuObserver:
 
     def _lose_session(self) -> None:
         """Forget a session whose driver is gone, so that a later look starts a new one."""
-        reason = self._reason
         self.close()
-        self._reason = reason
         self._retry_at = self._clock() + RETRY_S
 
 
@@ -250,7 +248,7 @@ def _slices(handle: Any) -> list[tuple[int, Any]] | None:
         (number, _optional(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number))
         for number in numbers
     ]
-    return [(number, mig) for number, mig in found if mig is not None]
+    return [pair for pair in found if pair[1] is not None]
 
 
 def _processes(handle: Any) -> tuple[GpuProcess, ...]:
