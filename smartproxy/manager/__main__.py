@@ -149,8 +149,8 @@ def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
     scheduler.add_job(watch, "interval", [manager], seconds=2)
     scheduler.add_job(_tidy, "interval", [manager], seconds=60)
     scheduler.add_job(needs.publish_models, args=[manager])
-    # APScheduler tells every run at INFO
-    logging.getLogger("apscheduler").setLevel(logging.WARNING)
+    # it warns of every look that a slow driver makes it skip
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)
     scheduler.start()
     return scheduler
 
@@ -162,7 +162,8 @@ def _now() -> datetime:
 def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) -> int:
     soon = False
     while not manager.stopping.is_set():
-        if manager.store.moved():
+        # servers live on; the next manager makes the file anew and finds them
+        if not manager.store.path.exists() or manager.store.moved():
             logger.error("state file %s vanished: starting anew", manager.store.path)
             return EXIT_STATE_LOST
         try:

@@ -173,7 +173,7 @@ class Broker:
                 self._generation = view.generation
         except sqlite3.Error as error:
             logger.warning("state file can't be read: %s", error)
-            self._store.reopen()
+            self._store.close()
             self._data_version = self._generation = -1
 
     # --- loads -----------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Broker:
                     )
                 )
             except sqlite3.Error as error:
-                self._writer.submit(self._store.reopen)
+                self._writer.submit(self._store.close)
                 if time.monotonic() > give_up_at:
                     raise ManagerDown(f"the state file can't be used: {error}") from None
                 await asyncio.sleep(0.05)

@@ -67,36 +67,42 @@ class Store:
         return version
 
     def connection(self) -> sqlite3.Connection:
-        """Return this thread's connection, opened on first use and again after a fork."""
+        """Return this thread's connection, opened on first use, after a fork, and again when a
+        manager has made the file anew."""
         local = self._local
         if getattr(local, "pid", None) != os.getpid():
             # the parent's connection must not be used, nor closed, in a forked child
-            local.connection, local.pid = _connect(self.path), os.getpid()
+            self._open()
+        elif (now := self._identity()) is not None and now != local.identity:
+            self.close()
+            self._open()
         connection: sqlite3.Connection = local.connection
         return connection
 
     def close(self) -> None:
-        """Close this thread's connection."""
+        """Close this thread's connection; the next use opens one anew."""
         if getattr(self._local, "pid", None) == os.getpid():
             self._local.connection.close()
             self._local.pid = None
 
     def moved(self) -> bool:
-        """Return whether the file under our connection is no longer the one at its path."""
+        """Return whether the file that this thread has open is no longer the one at its path."""
+        self.connection()
+        return bool(self._identity() != self._local.identity)
+
+    def _open(self) -> None:
         local = self._local
+        local.identity = self._identity()
+        local.connection = _connect(self.path)
+        local.pid = os.getpid()
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Return which file is at the path; None when there is none."""
         try:
             stat = os.stat(self.path)
         except FileNotFoundError:
-            return True
-        identity = (stat.st_dev, stat.st_ino)
-        if getattr(local, "identity_pid", None) != os.getpid():
-            local.identity, local.identity_pid = identity, os.getpid()
-        return bool(local.identity != identity)
-
-    def reopen(self) -> None:
-        """Forget this thread's connection; the next use opens the file anew."""
-        self.close()
-        self._local.identity_pid = None
+            return None
+        return stat.st_dev, stat.st_ino
 
 
 def create(path: Path) -> tuple[Store, str | None]:
