@@ -10,6 +10,7 @@ import click
 
 from smartproxy.config import load_settings
 from smartproxy.errors import SmartProxyError
+from smartproxy.estimate_command import estimate_command
 from smartproxy.log import setup_logging
 from smartproxy.manager.__main__ import main as run_manager
 from smartproxy.serve import serve as run_serve
@@ -60,6 +61,9 @@ def manager(config: Path | None, state_dir: Path | None) -> None:
     """Run the manager alone (systemd runs gunicorn beside it)."""
     _remember(config, state_dir)
     sys.exit(run_manager())
+
+
+cli.add_command(estimate_command, "estimate")
 
 
 def main() -> None:

@@ -17,7 +17,17 @@ from tests.gguf_files import Shape, Tensor, Value
 Rows = list[tuple[str, tuple[int, ...]]]
 
 #: parts of a tensor's name that keep it in f32
-_PLAIN = [".bias", "norm", "ssm_conv1d", "ssm_a", "ssm_d", "ffn_gate_inp", "token_types", "position_embd", "sinks"]
+_PLAIN = [
+    ".bias",
+    "norm",
+    "ssm_conv1d",
+    "ssm_a",
+    "ssm_d",
+    "ffn_gate_inp",
+    "token_types",
+    "position_embd",
+    "sinks",
+]
 #: a row that the block does not divide takes the next smaller block
 _NARROWER = {T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0, T.IQ4_XS: T.IQ4_NL}
 

@@ -1,4 +1,4 @@
-"""Shapes of models that are more than a plain transformer: latent attention, state space, encoders."""
+"""Shapes that are more than a plain transformer: latent attention, state space, encoders."""
 
 from __future__ import annotations
 

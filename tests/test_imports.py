@@ -27,7 +27,7 @@ CONFIG = {
 #: of the standard library, what has no clock, disk, network, process or log in it
 HARMLESS = {
     *("__future__", "math", "dataclasses", "collections", "typing", "enum", "functools"),
-    *("itertools", "bisect", "heapq", "operator", "re", "struct"),
+    *("itertools", "bisect", "heapq", "operator", "re", "struct", "types"),
 }
 
 
@@ -100,7 +100,16 @@ def kind_of(module: str) -> str:
             return "types"
         case ["log" | "lifetime" as name]:
             return name
-        case ["cli" | "serve" | "guard" | "__main__", *_]:
+        case [
+            "cli"
+            | "serve"
+            | "guard"
+            | "__main__"
+            | "estimate_command"
+            | "estimate_views"
+            | "gpus_command",
+            *_,
+        ]:
             return "cli"
         case [name] if name in CONFIG:
             return "config"

@@ -107,9 +107,7 @@ def _adopt_unknown(manager: Manager, found: psutil.Process) -> None:
 def _columns_of(manager: Manager, found: psutil.Process) -> dict[str, Any]:
     """Read what a row needs from a server's command line and environment."""
     argv, env = found.cmdline(), found.environ()
-    flag = {
-        name: value for name, value in pairwise(argv) if name.startswith("--")
-    }
+    flag = {name: value for name, value in pairwise(argv) if name.startswith("--")}
     assert env[OWNER_VARIABLE] == str(manager.settings.state_dir)
     return {
         "model_id": flag["--alias"],

@@ -121,9 +121,7 @@ def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
     manager.failures.pop(spec.id, None)
 
 
-def _check_deadlines(
-    manager: Manager, spec: ModelSpec, *, waited_s: float, idle_s: float
-) -> None:
+def _check_deadlines(manager: Manager, spec: ModelSpec, *, waited_s: float, idle_s: float) -> None:
     stall_s = manager.settings.load_stall_timeout
     if idle_s > stall_s:
         raise LoadTimeout(

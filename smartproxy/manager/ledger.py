@@ -17,6 +17,9 @@ from smartproxy.types import MIB, Gpu, Hold, RunningServer, ServerState, Snapsho
 #: on their way out: what they hold is memory that is coming
 LEAVING = frozenset({ServerState.DRAINING, ServerState.STOPPING, ServerState.STOPPED})
 
+#: seconds after which a look at the GPUs must show what a loaded server holds
+SETTLED_S = 15.0
+
 #: (bytes of a GPU up to, multiprocessors assumed): no card of that size has more, by NVIDIA's data
 #: sheets (RTX 4060 Ti 34, RTX 4080 76, V100 80, RTX 4090 128, RTX PRO 6000 188)
 _MULTIPROCESSORS = ((9 << 30, 48), (17 << 30, 84), (25 << 30, 128), (1 << 62, 188))
@@ -73,10 +76,9 @@ class Ledger:
 
 def open_ledger(snapshot: Snapshot) -> Ledger:
     """Return the books of a snapshot: free memory and places before anything is decided."""
-    settings = snapshot.settings
     healthy = tuple(gpu for gpu in snapshot.gpus or () if gpu.error is None)
-    free, gains = _free_and_gains(healthy, snapshot.servers, settings.headroom_bytes)
-    places = settings.pool_size - len(snapshot.servers)
+    free, gains = _free_and_gains(healthy, snapshot)
+    places = snapshot.settings.pool_size - len(snapshot.servers)
     ledger = Ledger(
         gpus=healthy,
         overhead_bytes=tuple(overhead_bytes(gpu, snapshot) for gpu in healthy),
@@ -98,19 +100,19 @@ def overhead_bytes(gpu: Gpu, snapshot: Snapshot) -> int:
 
 
 def _free_and_gains(
-    gpus: Sequence[Gpu], servers: Sequence[RunningServer], headroom_bytes: int
+    gpus: Sequence[Gpu], snapshot: Snapshot
 ) -> tuple[list[int], dict[int, list[tuple[int, int]]]]:
     """Return free bytes per GPU, and per server what its end gives back."""
     holders: dict[str, list[tuple[RunningServer, Hold]]] = {gpu.uuid: [] for gpu in gpus}
     gains: dict[int, list[tuple[int, int]]] = {}
-    for server in servers:
+    for server in snapshot.servers:
         gains[server.server_id] = []
         for uuid, hold in server.holds.items():
             if uuid in holders:
                 holders[uuid].append((server, hold))
     free = []
     for position, gpu in enumerate(gpus):
-        visible = _visible(gpu, holders[gpu.uuid])
+        visible = _visible(gpu, holders[gpu.uuid], snapshot.now)
         strangers = max(0, gpu.used_bytes - sum(visible))
         promised = invisible = 0
         for (server, hold), seen in zip(holders[gpu.uuid], visible, strict=True):
@@ -119,23 +121,29 @@ def _free_and_gains(
             invisible += held - seen
             gains[server.server_id].append((position, held))
         by_books = gpu.total_bytes - strangers - promised
-        free.append(min(gpu.free_bytes - invisible, by_books) - headroom_bytes)
+        free.append(min(gpu.free_bytes - invisible, by_books) - snapshot.settings.headroom_bytes)
     return free, gains
 
 
-def _visible(gpu: Gpu, holders: Sequence[tuple[RunningServer, Hold]]) -> list[int]:
+def _visible(gpu: Gpu, holders: Sequence[tuple[RunningServer, Hold]], now: float) -> list[int]:
     """Return per holder the bytes of it that NVML's "used" contains.
 
     Where the driver doesn't tell memory per process (containers, WDDM), used memory that nobody
-    else accounts for is that of our servers which have loaded. Counting them as strangers would
-    take their memory off twice.
+    else accounts for is that of our servers which have long loaded and yet show nothing anywhere.
+    Counting them as strangers would take their memory off twice.
     """
     unclaimed = max(0, gpu.used_bytes - sum(hold.visible_bytes for _, hold in holders))
     visible = []
     for server, hold in holders:
         seen = hold.visible_bytes
-        if not seen and server.state is not ServerState.STARTING:
+        if not seen and _is_hidden(server, now):
             seen = min(hold.reserved_bytes, unclaimed)
             unclaimed -= seen
         visible.append(seen)
     return visible
+
+
+def _is_hidden(server: RunningServer, now: float) -> bool:
+    """Return whether a server must have memory but NVML shows none of it."""
+    loaded = server.ready_at is not None and now - server.ready_at >= SETTLED_S
+    return loaded and not any(hold.visible_bytes for hold in server.holds.values())
