@@ -433,6 +433,17 @@ def test_errors_are_those_of_the_contract(tmp_path: Path) -> None:
         assert missing["path"] not in proxy.log()
 
 
+def test_pages_of_other_origins_may_read_our_own_answers(tmp_path: Path) -> None:
+    origin = {"Origin": "https://page.example"}
+    with running(tmp_path, {"m": fake_model()}) as proxy:
+        for method, path in (("GET", "/v1/models"), ("OPTIONS", "/v1/models"), ("GET", "/nope")):
+            answer = requests.request(method, proxy.url + path, headers=origin, timeout=9)
+            assert answer.headers["Access-Control-Allow-Origin"] == origin["Origin"]
+        body = b"\xef\xbb\xbf" + json.dumps({"model": "m", "messages": []}).encode()
+        chat = f"{proxy.url}/v1/chat/completions"
+        assert requests.post(chat, data=body, timeout=30).status_code == 200
+
+
 def test_keys_of_clients_and_of_operators(tmp_path: Path) -> None:
     keys = {"api_keys": ["client-key"], "admin_keys": ["admin-key"]}
     with running(tmp_path, {"m": fake_model()}, **keys) as proxy:

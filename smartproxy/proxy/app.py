@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from flask import Flask, Response, jsonify
+from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from smartproxy.catalog import build_catalog
@@ -27,12 +27,20 @@ def create_app(settings: Settings) -> Flask:
     app = Flask(__name__, static_folder=None)
     app.url_map.merge_slashes = False
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mb << 20
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # preflights are answered in routes.py
     catalog = build_catalog(settings)
     store = Store(settings.state_dir / "state.db")
     app.register_blueprint(operations.blueprint(settings, catalog, store))
     app.register_blueprint(routes.blueprint(settings, catalog, Broker(store, settings)))
     _handle_errors(app, settings)
+    app.after_request(_open_to_pages)
     return app
+
+
+def _open_to_pages(response: Response) -> Response:
+    """Let pages of other origins read our own answers, as they can read llama-server's."""
+    response.headers.setdefault("Access-Control-Allow-Origin", request.headers.get("Origin", "*"))
+    return response
 
 
 def _handle_errors(app: Flask, settings: Settings) -> None:

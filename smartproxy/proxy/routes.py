@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from io import BytesIO
 from typing import Any
 from urllib.parse import quote
@@ -97,8 +98,8 @@ def body_fields(body: bytes) -> dict[str, Any] | None:
     if not body and not inference:
         return None
     try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        fields = parsed(body)
+    except (ValueError, RecursionError) as error:
         if inference:
             raise InvalidJson(f"the body is not JSON: {error}") from None
         return None
@@ -107,6 +108,14 @@ def body_fields(body: bytes) -> dict[str, Any] | None:
             raise InvalidJson(f"the body wants a JSON object, got {type(fields).__name__}")
         return None
     return fields
+
+
+def parsed(body: bytes) -> Any:
+    """Return JSON of any depth; orjson is several times faster but stricter than llama-server."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return json.loads(body.decode("utf-8-sig"))
 
 
 def named_model(catalog: Catalog, path: str, fields: dict[str, Any] | None) -> ModelSpec:
@@ -160,6 +169,6 @@ def preflight() -> Response:
     response = Response(status=200, mimetype="text/html")
     response.headers["Access-Control-Allow-Origin"] = request.headers.get("Origin", "*")
     response.headers["Access-Control-Allow-Credentials"] = "true"
-    response.headers["Access-Control-Allow-Methods"] = "GET, POST"
+    response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
     response.headers["Access-Control-Allow-Headers"] = "*"
     return response
