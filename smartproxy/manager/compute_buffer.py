@@ -108,7 +108,10 @@ def _moments(metadata: ModelMetadata, graph: Graph) -> Iterator[int]:
     row, width = graph.row_bytes, metadata.embedding_length
     yield row * 4 * width + _F32 * graph.outputs * metadata.vocabulary_size
     if metadata.has_dense_layers:
-        yield row * (3 * metadata.feed_forward_length + 4 * width)
+        # queries a little wider than the hidden state leave a hole that nothing fills
+        wider = 0 if metadata.latent_attention else max(metadata.query_length - width, 0)
+        hole = min(wider, width // 4)
+        yield row * (3 * metadata.feed_forward_length + 4 * width + hole)
     if metadata.expert_count:
         used = metadata.expert_used_count
         inside = 3 * used * metadata.expert_feed_forward_length + 4 * width
@@ -138,8 +141,11 @@ def _attention_moment(metadata: ModelMetadata, graph: Graph) -> int:
     else:
         alive = 4 * width + 2 * query + (query // 2 if metadata.gated_query else 0)
     if graph.flash:
-        latent = heads * metadata.value_length if metadata.latent_attention else 0
-        return row * (alive + latent) + graph.scratch_bytes
+        if metadata.latent_attention:
+            alive += heads * metadata.value_length
+        else:
+            alive += max(metadata.kv_head_counts) * metadata.key_length
+        return row * alive + graph.scratch_bytes
     scores = row * heads * max(graph.full_cells, graph.sliding_cells)
     if metadata.latent_attention:
         scores += 2 * graph.full_cells * graph.shape.streams * metadata.value_length

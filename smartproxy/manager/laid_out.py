@@ -100,7 +100,8 @@ def _graph(
         shape=shape,
         # without a kernel attention runs op by op, whatever was asked for
         flash=resolved_flash_attn(metadata, options) and has_flash_kernel(metadata),
-        full_cells=shape.cells if not all(slides) else 0,
+        # a sliding cache always has a full one beside it, with its mask, however few layers use it
+        full_cells=shape.cells if cached else 0,
         sliding_cells=shape.sliding_cells if any(slides) else 0,
         scratch_bytes=max((cache.scratch_bytes for cache in caches), default=0),
         outputs=shape.tokens if options.embeddings else min(shape.tokens, shape.slots),
