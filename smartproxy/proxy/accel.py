@@ -52,5 +52,4 @@ def redirect_head(*, server_id: int, host: str, port: int, api_key: str | None) 
 
 
 def _on_unix_socket(environ: dict[str, Any]) -> bool:
-    sock = environ.get("gunicorn.socket")
-    return isinstance(sock, socket.socket) and sock.family == socket.AF_UNIX
+    return getattr(environ.get("gunicorn.socket"), "family", None) == socket.AF_UNIX

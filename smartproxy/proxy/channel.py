@@ -25,8 +25,6 @@ class Channel:
     __slots__ = (
         "_fd",
         "_loop",
-        "_on_data",
-        "_on_end",
         "_queue",
         "_reading",
         "_recv",
@@ -34,7 +32,9 @@ class Channel:
         "_unwritable",
         "buffered_bytes",
         "closed",
+        "on_data",
         "on_drain",
+        "on_end",
         "sent_bytes",
         "sock",
     )
@@ -46,14 +46,17 @@ class Channel:
         on_data: Callable[[bytes], None],
         on_end: Callable[[OSError | None], None],
     ) -> None:
-        """on_end: the peer has sent its last byte (None), or the connection broke (why)."""
+        """on_end: the peer has sent its last byte (None), or the connection broke (why).
+
+        Whoever takes the channel over puts its own callbacks in place.
+        """
         self.sock = sock
         self._loop = loop
         self._fd = sock.fileno()
         self._recv = sock.recv
         self._send = sock.send
-        self._on_data = on_data
-        self._on_end = on_end
+        self.on_data = on_data
+        self.on_end = on_end
         #: called when so much was written that less than LOW_WATER_BYTES (and: nothing) is left
         self.on_drain: Callable[[], None] | None = None
         self._queue: deque[memoryview] = deque()
@@ -99,8 +102,9 @@ class Channel:
     def detach(self) -> socket.socket:
         """Stop watching the socket and return it, open."""
         if not self.closed:
+            # only what is registered: the number may be another socket's already
+            self.read(False)
             self.closed = True
-            self._loop.remove_reader(self._fd)
             if self._queue:
                 self._loop.remove_writer(self._fd)
                 self._queue.clear()
@@ -119,7 +123,7 @@ class Channel:
             self._ended(error)
             return
         if data:
-            self._on_data(data)
+            self.on_data(data)
         else:
             self._ended(None)
 
@@ -144,7 +148,7 @@ class Channel:
 
     def _ended(self, error: OSError | None) -> None:
         self.read(False)
-        self._on_end(error)
+        self.on_end(error)
 
     def _broken(self, error: OSError) -> None:
         """A write failed. What the peer sent before may still be there; its end is read next.
@@ -161,7 +165,7 @@ class Channel:
 
     def _tell_broken(self, error: OSError) -> None:
         if not self.closed:
-            self._on_end(error)
+            self.on_end(error)
 
 
 def close_gently(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
@@ -174,8 +178,8 @@ def close_gently(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
         timer.cancel()
         channel.close()
 
-    sock.setblocking(False)
     try:
+        sock.setblocking(False)
         sock.shutdown(socket.SHUT_WR)
     except OSError:
         sock.close()

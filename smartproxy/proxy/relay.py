@@ -1,7 +1,7 @@
 """Relaying: waiting for a model, sending the request, passing the answer on; any number at once.
 
-All of it happens in one asyncio loop thread per process, so an open stream or a waiting request
-holds no thread. `hand_over` is the way in from a request handler. docs/datapath.md has the picture
+All of it happens in one asyncio loop per process, so an open stream or a waiting request holds no
+thread. `hand_over` is the way in from a request handler. docs/datapath.md has the picture
 and the reasons.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +19,6 @@ from werkzeug.datastructures import Headers
 
 from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
 from smartproxy.proxy import accel
-from smartproxy.proxy.channel import close_gently
 from smartproxy.proxy.clients import EVENT_STREAM_HEAD, Client
 from smartproxy.proxy.exchange import ClientStalled, Exchange, Job, ServerDied
 from smartproxy.proxy.wsgi_client import WsgiClient
@@ -207,16 +205,12 @@ class Comments:
 
 
 class RelayLoop:
-    """The relay's loop thread and what goes on in it."""
+    """The loop that relays, and what goes on in it."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
         self._live: set[Request] = set()
-        #: last time the loop was seen running, in its own clock
-        self._beat_at = self.loop.time()
-        # A daemon: a process told to quit at once does not wait for streams.
-        threading.Thread(target=self._run, name="relay", daemon=True).start()
 
     def start(self, request: Request) -> None:
         """Start a request (any thread)."""
@@ -228,29 +222,9 @@ class RelayLoop:
         request.start().add_done_callback(lambda _task: self._live.discard(request))
 
     def stop_all(self) -> None:
-        """End every open request with the error `shutting_down` (any thread, does not wait)."""
-        self.loop.call_soon_threadsafe(self._stop_all)
-
-    def close_gently(self, sock: socket.socket) -> None:
-        """Close a client's socket once the client has read what was sent (any thread, no wait)."""
-        self.loop.call_soon_threadsafe(close_gently, self.loop, sock)
-
-    def silent_s(self) -> float:
-        """Return for how long the loop has not run (any thread); about a second when it is well."""
-        return self.loop.time() - self._beat_at
-
-    def _stop_all(self) -> None:
+        """End every open request with the error `shutting_down` (loop thread)."""
         for request in tuple(self._live):
             request.stop(ShuttingDown("the proxy is shutting down"))
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self._beat()
-        self.loop.run_forever()
-
-    def _beat(self) -> None:
-        self._beat_at = self.loop.time()
-        self.loop.call_later(1.0, self._beat)
 
 
 _lock = threading.Lock()
@@ -258,10 +232,21 @@ _current: RelayLoop | None = None
 
 
 def relay_loop() -> RelayLoop:
-    """Return this process's relay loop, started at the first call (any thread; fork-safe)."""
+    """Return this process's relay loop; without RelayWorker its thread starts at the first call."""
     global _current
     if _current is None or _current.pid != os.getpid():
         with _lock:
             if _current is None or _current.pid != os.getpid():
                 _current = RelayLoop()
+                # A daemon: a process told to quit at once does not wait for streams.
+                run = _current.loop.run_forever
+                threading.Thread(target=run, name="relay", daemon=True).start()
+    return _current
+
+
+def run_here() -> RelayLoop:
+    """Return this process's relay loop, which the caller promises to run (a worker's start)."""
+    global _current
+    _current = RelayLoop()
+    asyncio.set_event_loop(_current.loop)
     return _current

@@ -1,9 +1,8 @@
-"""A client whose socket was taken out of gunicorn's thread; afterwards it goes back or closes."""
+"""A client on a socket of the worker's loop; afterwards the connection goes on or closes."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 
 from smartproxy.proxy.channel import HIGH_WATER_BYTES, Channel, close_gently
@@ -17,19 +16,19 @@ FLUSH_STALL_S = 60.0
 
 
 class SocketClient(Client):
-    """A client whose socket the relay holds until the answer is complete."""
+    """A client whose channel the relay holds until the answer is complete."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        sock: socket.socket,
+        channel: Channel,
         *,
         http11: bool,
         head_only: bool,
         keep_alive: bool,
         on_done: Callable[[SocketClient], None],
     ) -> None:
-        """on_done: called once, when the socket is free to go back (keep_alive) or is closed."""
+        """on_done: called once, when the channel is free again (keep_alive) or is closed."""
         super().__init__()
         self.chunked = http11
         self.keep_alive = keep_alive
@@ -41,8 +40,12 @@ class SocketClient(Client):
         self._head = b""
         self._on_done = on_done
         self._timer: asyncio.TimerHandle | None = None
-        self._channel = Channel(loop, sock, self._on_data, self._on_end)
-        self._channel.on_drain = self._drained
+        self._channel = channel
+        channel.on_data, channel.on_end, channel.on_drain = (
+            self._on_data,
+            self._on_end,
+            self._drained,
+        )
         self._channel.read(True)
 
     @property
@@ -111,9 +114,9 @@ class SocketClient(Client):
         """All is written: give the socket back, or close it without a reset (RFC 9112 9.6)."""
         if self._timer:
             self._timer.cancel()
-        sock = self._channel.detach()
+        self._channel.on_drain = None
         if not self.keep_alive:
-            close_gently(self._loop, sock)
+            close_gently(self._loop, self._channel.detach())
         self._on_done(self)
 
     def _close(self) -> None:

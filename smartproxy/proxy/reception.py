@@ -1,0 +1,175 @@
+"""A client's connection between answers: collects a whole request before any thread looks at it.
+
+Without this a client that sends slowly, or nothing, holds a thread; and a request that is complete
+can be parsed and handled without ever touching the socket. All of it runs in the worker's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from smartproxy.proxy.channel import Channel
+
+HEAD_END = b"\r\n\r\n"
+MAX_HEAD_BYTES = 65536
+HEAD_TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+)
+#: how many bytes of bodies one worker collects at once; a request beyond is read by its thread
+MAX_COLLECTED_BYTES = 256 << 20
+LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n", re.IGNORECASE)
+#: bodies of unknown length, and bodies that the client sends only when asked to
+UNCOLLECTED = re.compile(rb"\r\n(?:transfer-encoding|expect)[ \t]*:", re.IGNORECASE)
+
+
+class Collected:
+    """How many bytes all receptions of a worker hold together."""
+
+    __slots__ = ("size_bytes",)
+
+    def __init__(self) -> None:
+        self.size_bytes = 0
+
+
+class Reception:
+    """One connection. Either it waits for a request, or somebody else has the channel."""
+
+    __slots__ = (
+        "_body_bytes",
+        "_buffer",
+        "_collected",
+        "_head_bytes",
+        "_loop",
+        "_on_gone",
+        "_on_request",
+        "_waits",
+        "body",
+        "channel",
+        "conn",
+        "deadline",
+        "head",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        conn: Any,
+        collected: Collected,
+        on_request: Callable[[Reception], None],
+        on_gone: Callable[[Reception], None],
+    ) -> None:
+        """conn: gunicorn's TConn. on_request: `head` and `body` are there to be taken."""
+        self.conn = conn
+        self.channel = Channel(loop, conn.sock, self._on_data, self._on_end)
+        #: up to and with its blank line, or all there is where `body` is None
+        self.head = b""
+        #: None: what follows the head has to be read from the socket, if anything
+        self.body: bytes | None = None
+        #: monotonic; kept by the worker
+        self.deadline = 0.0
+        self._loop = loop
+        self._waits = False
+        self._buffer = bytearray()
+        self._collected = collected
+        self._head_bytes = 0
+        self._body_bytes = 0
+        self._on_request = on_request
+        self._on_gone = on_gone
+
+    def wait(self, read_ahead: bytes = b"") -> None:
+        """Take the channel and wait for the next request; read_ahead: what came of it already."""
+        self.head, self.body = b"", None
+        self.channel.on_data, self.channel.on_end = self._on_data, self._on_end
+        self.channel.read(True)
+        self._waits = True
+        if read_ahead:
+            self._buffer += read_ahead
+            self._count(len(read_ahead))
+        if self._buffer:  # not right here: who sends a thousand requests at once would nest as deep
+            self._loop.call_soon(self._look)
+
+    def close(self) -> None:
+        """Close the connection and forget what was collected."""
+        self._waits = False
+        self._count(-len(self._buffer))
+        self._buffer.clear()
+        self.channel.close()
+
+    def _on_data(self, data: bytes) -> None:
+        self._buffer += data
+        self._count(len(data))
+        self._look()
+
+    def _look(self) -> None:
+        """Give the request away if it is there."""
+        if not self._waits or (not self._head_bytes and not self._measure()):
+            return
+        whole_bytes = self._head_bytes + self._body_bytes
+        if len(self._buffer) >= whole_bytes:
+            self.body = bytes(memoryview(self._buffer)[self._head_bytes : whole_bytes])
+            self._give(self._head_bytes, whole_bytes)
+        elif self._collected.size_bytes > MAX_COLLECTED_BYTES:
+            self._give(len(self._buffer), len(self._buffer))
+
+    def _measure(self) -> bool:
+        """Find where head and body end; false while that is not known or not to be waited for."""
+        head_bytes = self._buffer.find(HEAD_END) + len(HEAD_END)
+        if head_bytes < len(HEAD_END):
+            if len(self._buffer) > MAX_HEAD_BYTES:
+                self.channel.write(HEAD_TOO_LARGE)
+                self._waits = False
+                self._on_gone(self)
+            return False
+        if UNCOLLECTED.search(self._buffer, 0, head_bytes):
+            self._give(len(self._buffer), len(self._buffer))
+            return False
+        length = LENGTH.search(self._buffer, 0, head_bytes)
+        self._head_bytes = head_bytes
+        self._body_bytes = int(length[1]) if length else 0
+        return True
+
+    def _give(self, head_bytes: int, taken_bytes: int) -> None:
+        self.head = bytes(memoryview(self._buffer)[:head_bytes])
+        del self._buffer[:taken_bytes]
+        self._count(-taken_bytes)
+        self._head_bytes = self._body_bytes = 0
+        self._waits = False
+        self._on_request(self)
+
+    def _count(self, change_bytes: int) -> None:
+        self._collected.size_bytes += change_bytes
+
+    def _on_end(self, _error: OSError | None) -> None:
+        self._on_gone(self)
+
+
+class Outbox:
+    """Stands in for a client's socket while a request is handled in the loop: keeps what is sent.
+
+    So gunicorn's own code answers (errors, refusals), and nothing can block the loop.
+    """
+
+    def __init__(self, family: socket.AddressFamily) -> None:
+        self.family = family
+        self.data = b""
+
+    def sendall(self, data: bytes) -> None:
+        self.data += data
+
+    def send(self, data: bytes) -> int:
+        self.data += data
+        return len(data)
+
+    def setblocking(self, _on: bool) -> None:
+        """Nothing to block."""
+
+    def shutdown(self, _how: int) -> None:
+        raise OSError("not a socket")
+
+    def close(self) -> None:
+        """The loop closes the true socket."""
