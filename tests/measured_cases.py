@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,8 +69,10 @@ def metadata_of(file: str, folder: Path) -> ModelMetadata:
 
 @lru_cache(maxsize=1)
 def scratch_folder() -> Path:
-    """Return a folder for the files of a bench run."""
-    return Path(mkdtemp(prefix="smartproxy-shapes-"))
+    """Return a folder for the files of a bench run, removed when it ends."""
+    folder = Path(mkdtemp(prefix="smartproxy-shapes-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _case(row: dict[str, str]) -> Case:
