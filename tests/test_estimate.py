@@ -245,3 +245,18 @@ def test_layers_split_as_the_server_splits_them() -> None:
     assert layer_devices(4, 2, (1.0,)) == [HOST, HOST, HOST, 0, 0]
     assert layer_devices(4, 0, (1.0,)) == [HOST] * 5
     assert layer_devices(4, -1, ()) == [HOST] * 5
+
+
+def test_an_encoder_takes_the_same_whatever_the_context(folder: Path) -> None:
+    encoder = metadata_of("bge-large.F16.gguf", folder)
+    for split in ((1.0,), (1.0, 1.0), ()):
+        small, large = (
+            estimate(
+                encoder,
+                EstimateOptions(flash_attn=FlashAttention.OFF),
+                Layout(tensor_split=split, gpu_layers=999, context_size=tokens),
+            )
+            for tokens in (512, 131072)
+        )
+        assert small.devices == large.devices
+        assert small.host == large.host

@@ -118,7 +118,8 @@ def widest_value(metadata: ModelMetadata) -> int:
 
 def caches_kv(metadata: ModelMetadata, layer: int) -> bool:
     """Tell whether a layer has a KV cache of its own."""
-    if layer >= metadata.layer_count - metadata.prediction_layer_count:
+    trunk = metadata.layer_count - metadata.prediction_layer_count
+    if layer >= trunk or not metadata.has_kv_cache:
         return False
     if metadata.recurrent_layers[layer] and not _keeps_both(metadata):
         return False
