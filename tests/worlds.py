@@ -136,15 +136,17 @@ def gpu(index: int, total_gb: float = 24, strangers_gb: float = 0, **more: objec
     return Gpu(**{**values, **more})  # type: ignore[arg-type]
 
 
-def server(server_id: int, model_id: str, holds: dict[str, float], **more: object) -> RunningServer:
-    """Return a ready, idle, old server. holds: GB by GPU uuid, all of it visible."""
+def server(
+    server_id: int, model_id: str, held_gb: dict[str, float], **more: object
+) -> RunningServer:
+    """Return a ready, idle, old server. held_gb: by GPU uuid, all of it visible."""
     values = {
         "server_id": server_id,
         "model_id": model_id,
         "state": ServerState.READY,
         "holds": {
             uuid: Hold(reserved_bytes=int(size * GIB), visible_bytes=int(size * GIB))
-            for uuid, size in holds.items()
+            for uuid, size in held_gb.items()
         },
         "busy": 0,
         "pinned": False,
@@ -243,20 +245,22 @@ def gpus(draw: st.DrawFn, min_size: int = 1, max_size: int = 4) -> tuple[Gpu, ..
 def running(draw: st.DrawFn, on: Sequence[Gpu], server_id: int) -> RunningServer | None:
     """Generate a server that has room beside what `on` shows as used, or None."""
     free = {one.uuid: one.free_bytes for one in on}
-    wanted = draw(st.lists(st.sampled_from(sorted(free)), min_size=0, max_size=2, unique=True))
-    holds = {}
-    for uuid in wanted:
-        reserved = int(draw(st.integers(1, 32)) / 4 * GIB)
-        if reserved > free[uuid]:
-            return None
-        visible = reserved if draw(st.booleans()) else reserved * draw(st.integers(0, 4)) // 4
-        holds[uuid] = Hold(reserved_bytes=reserved, visible_bytes=visible)
     state = draw(
         st.sampled_from(
             [ServerState.READY] * 7
             + [ServerState.STARTING, ServerState.DRAINING, ServerState.STOPPING]
         )
     )
+    wanted = draw(st.lists(st.sampled_from(sorted(free)), min_size=0, max_size=2, unique=True))
+    holds = {}
+    for uuid in wanted:
+        reserved = int(draw(st.integers(1, 32)) / 4 * GIB)
+        if reserved > free[uuid]:
+            return None
+        # a driver that tells at all shows something of whatever has loaded
+        quarters = draw(st.sampled_from([4, 4, 4, 3, 1]))
+        visible = reserved * (0 if state is ServerState.STARTING else quarters) // 4
+        holds[uuid] = Hold(reserved_bytes=reserved, visible_bytes=visible)
     age = draw(st.sampled_from([1.0, 4.0, 60.0, 3600.0]))
     started = state is ServerState.STARTING
     return server(
@@ -314,23 +318,58 @@ def sketches(draw: st.DrawFn) -> Sketch:
 
 
 @st.composite
-def worlds(draw: st.DrawFn, max_loads: int = 3) -> Snapshot:
-    """Generate a consistent machine: nothing is oversubscribed before the planner acts."""
+def worlds(draw: st.DrawFn, max_loads: int = 3, crowded: bool = False) -> Snapshot:
+    """Generate a consistent machine: nothing is oversubscribed before the planner acts.
+
+    crowded: several servers, most of them idle and old, and room for more only in the pool.
+    """
     bare = draw(gpus())
     servers: list[RunningServer] = []
-    for server_id in range(1, 1 + draw(st.integers(0, 6))):
+    for server_id in range(1, 1 + draw(st.integers(3 if crowded else 0, 6))):
         promised = _with_promises(bare, servers)
         one = draw(running(promised, server_id))
         if one is not None:
-            servers.append(one)
+            keep = not crowded or draw(st.integers(0, 5)) == 0
+            servers.append(one if keep else _idle(one))
     waiting = [draw(loads(f"m{number}")) for number in range(draw(st.integers(1, max_loads)))]
     waiting.sort(key=lambda one: one.asked_at)
     return snapshot(
         bare,
         servers,
         waiting,
-        pool_size=draw(st.sampled_from([1, 2, 4, 100])),
+        pool_size=100 if crowded else draw(st.sampled_from([1, 2, 4, 100])),
         headroom_bytes=draw(st.sampled_from([0, 256 * MIB])),
+    )
+
+
+@st.composite
+def split_worlds(draw: st.DrawFn) -> Snapshot:
+    """Generate a machine and one model that is likely to need several of its GPUs."""
+    bare = tuple(replace(one, error=None) for one in draw(gpus(min_size=2)))
+    sketch = replace(draw(sketches()), expert_bytes=0)
+    room = sum(one.free_bytes for one in bare) * draw(st.integers(4, 9)) // 10
+    layer = max(64 * MIB, (room - sketch.output_bytes) // sketch.layers)
+    waiting = load(
+        "m",
+        sketch=replace(sketch, layer_bytes=layer, cache_bytes_per_token_and_layer=512),
+        strategy=draw(st.sampled_from([Strategy.SINGLE_GPU_PREFERRED, Strategy.PACKED])),
+        gpu_layers=draw(st.sampled_from([None, None, 3])),
+    )
+    return snapshot(bare, [], [waiting])
+
+
+def _idle(one: RunningServer) -> RunningServer:
+    holds = {
+        uuid: Hold(reserved_bytes=hold.reserved_bytes, visible_bytes=hold.reserved_bytes)
+        for uuid, hold in one.holds.items()
+    }
+    return replace(
+        one,
+        state=ServerState.READY,
+        busy=0,
+        pinned=False,
+        ready_at=NOW - 60,
+        holds=holds,
     )
 
 
