@@ -23,7 +23,12 @@ pytestmark = pytest.mark.servers
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-CHAT = {"messages": [{"role": "user", "content": "Say hello"}], "max_tokens": 3, "ignore_eos": True}
+CHAT = {
+    "messages": [{"role": "user", "content": "Say hello"}],
+    "temperature": 0,
+    "max_tokens": 3,
+    "ignore_eos": True,
+}
 #: a request that lasts until somebody ends it
 LONG = {"prompt": "Count", "max_tokens": 100_000, "ignore_eos": True, "stream": True}
 #: keeps the stand-in's long request about as slow as the real one's
@@ -271,15 +276,13 @@ def test_port_in_use_ends_it_before_loading(start: Start, server: Running) -> No
     with start(port=server.port) as second:
         assert second.end() == 1
         assert "couldn't bind HTTP server socket" in second.log.read_text()
-        assert "exiting due to HTTP server error" in second.log.read_text()
 
 
-def test_missing_model_ends_with_the_reason_and_the_usual_last_line(start: Start) -> None:
+def test_missing_model_ends_it_with_the_reason(start: Start) -> None:
     with start("-m", "/nowhere/x.gguf") as server:
         assert server.end() == 1
-        lines = server.log.read_text().splitlines()
-    assert lines[-1].endswith("E srv  llama_server: exiting due to model loading error")
-    assert any("error loading model: " in line for line in lines)
+        # the real one's very last line may be lost: its log has a thread of its own
+        assert "error loading model: " in server.log.read_text()
 
 
 BAD_FLAGS = [

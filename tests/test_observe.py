@@ -153,6 +153,26 @@ def test_card_that_falls_off_the_bus_stays_listed_and_the_rest_keep_their_index(
     assert [gpu["error"] for gpu in snapshot["gpus"]] == [None, None]
 
 
+def test_new_card_does_not_get_the_index_of_one_that_has_gone(
+    child: Child, world: WorldFile
+) -> None:
+    child.look()
+    world.change_gpu(BIG, lost=True)
+    child.look()
+    world.change(gpus=(FakeGpu(uuid="GPU-new"), world.world.gpus[1]))
+    snapshot = child.look_later()
+    indices = {gpu["uuid"]: gpu["index"] for gpu in snapshot["gpus"]}
+    assert indices == {BIG: 0, SMALL: 1, "GPU-new": 2}
+
+
+def test_card_lost_between_two_questions_is_in_error(child: Child, world: WorldFile) -> None:
+    child.look()
+    fault = Fault(function="nvmlDeviceGetPowerUsage", code=nvml.GPU_IS_LOST, uuid=BIG)
+    world.change(faults=(fault,))
+    gpus = child.gpus()
+    assert (bool(gpus[BIG]["error"]), gpus[SMALL]["error"]) == (True, None)
+
+
 def test_card_whose_memory_cannot_be_read_is_in_error(child: Child, world: WorldFile) -> None:
     child.look()
     fault = Fault(function="nvmlDeviceGetMemoryInfo_v2", code=nvml.UNKNOWN, uuid=BIG)
@@ -168,6 +188,9 @@ def test_card_that_never_could_be_read_is_told_in_the_reason(
     snapshot = child.look()
     assert [gpu["uuid"] for gpu in snapshot["gpus"]] == [SMALL]
     assert "GPU 0 can't be read" in snapshot["reason"]
+    world.change_gpu(BIG, lost=False)
+    snapshot = child.look_later()
+    assert ({gpu["uuid"] for gpu in snapshot["gpus"]}, snapshot["reason"]) == ({BIG, SMALL}, None)
 
 
 INIT_CODES = [

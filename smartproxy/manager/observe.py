@@ -72,7 +72,7 @@ class GpuObserver:
     def observe(self) -> GpuSnapshot:
         """Look at all GPUs now. Blocks as long as the driver takes; raises nothing."""
         due = self._clock() >= self._retry_at
-        if due and (not self._open or any(gpu.error for gpu in self._known.values())):
+        if due and (not self._open or self._reason or self._failing()):
             self._reopen()
         gpus = self._read_all() if self._open else {}
         self._known = gpus | self._missing(gpus)
@@ -111,7 +111,6 @@ class GpuObserver:
             count = _ask(pynvml.nvmlDeviceGetCount)
         except ObserveError as error:
             self._reason = f"NVML can't count the GPUs: {error}"
-            self._lose_session()
             return {}
         gpus: dict[str, Gpu] = {}
         unread = []
@@ -160,10 +159,8 @@ class GpuObserver:
             self._indices[uuid] = nvml_index if nvml_index not in taken else max(taken) + 1
         return self._indices[uuid]
 
-    def _lose_session(self) -> None:
-        """Forget a session whose driver is gone, so that a later look starts a new one."""
-        self.close()
-        self._retry_at = self._clock() + RETRY_S
+    def _failing(self) -> bool:
+        return any(gpu.error for gpu in self._known.values())
 
 
 def _read_gpu(handle: Any, uuid: str, index: int) -> Gpu:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -166,7 +167,9 @@ def running(
     argv = [str(binary), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
     if binary == STAND_IN:
         argv += ["--fake", f"journal={journal}"]
-    env = dict(os.environ) | dict(environment or {})
+    # the stand-in's `env python3` should find this one at once, not a slow shim
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path} | dict(environment or {})
     with log.open("wb") as stderr:
         process = subprocess.Popen(argv, stderr=stderr, stdout=subprocess.DEVNULL, env=env)
     server = Running(process=process, port=port, log=log, journal=journal)
