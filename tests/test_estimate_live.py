@@ -133,9 +133,7 @@ def test_cpu_alone_takes_what_was_predicted(
     assert_above(predicted.host, measured[HOST], most=1.1 + copies / (16 * MIB))
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "qwen3moe"]
-)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "qwen3moe"])
 def test_generated_models_of_other_shapes_take_what_was_predicted(
     name: str, tmp_path: Path
 ) -> None:
