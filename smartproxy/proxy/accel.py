@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-from smartproxy.proxy.http_wire import AnswerHead, Framing
+from smartproxy.proxy.http_wire import AnswerHead, Framing, target_bytes
 
 #: how long a hold outlasts the hand-over: the server counts the request itself well before
 HOLD_S = 2.0
@@ -32,7 +32,9 @@ def failed_server_id(environ: dict[str, Any]) -> int | None:
     return int(server_id) if server_id.isdecimal() and _on_unix_socket(environ) else None
 
 
-def redirect_head(*, server_id: int, host: str, port: int, api_key: str | None) -> AnswerHead:
+def redirect_head(
+    *, server_id: int, host: str, port: int, api_key: str | None, target: str
+) -> AnswerHead:
     """Return the answer, of no body, that makes nginx send the request to a server.
 
     It carries no Content-Type: nginx would put it on the server's answer (facts-datapath.md, trap
@@ -41,6 +43,7 @@ def redirect_head(*, server_id: int, host: str, port: int, api_key: str | None) 
     headers = [
         (b"X-Accel-Redirect", LOCATION),
         (b"X-Smartproxy-Backend", f"{host}:{port}".encode()),
+        (b"X-Smartproxy-Target", target_bytes(target)),
         (b"X-Smartproxy-Server", b"%d" % server_id),
         (b"Content-Length", b"0"),
     ]

@@ -91,12 +91,10 @@ def request_bytes(
     that could break the line it stands on is left out too. Raises ValueError where method or target
     could.
     """
-    start = b"%b %b" % (method.encode("latin-1"), target.encode("latin-1"))
-    if not TOKEN.fullmatch(start.split(b" ", 1)[0]) or not TARGET.fullmatch(
-        start.split(b" ", 1)[1]
-    ):
-        raise ValueError(f"not a request line: {method!r} {target!r}")
-    lines = [start + b" HTTP/1.1", b"Host: " + host.encode("latin-1")]
+    verb = method.encode("latin-1")
+    if not TOKEN.fullmatch(verb):
+        raise ValueError(f"not a method: {method!r}")
+    lines = [verb + b" " + target_bytes(target) + b" HTTP/1.1", b"Host: " + host.encode("latin-1")]
     pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
     dropped = one_hop_names(pairs) | REPLACED
     for name, value in pairs:
@@ -113,6 +111,14 @@ def request_bytes(
     # keep-alive, so a pooled one may be dead at any time (facts-datapath.md, trap 4).
     lines.append(b"Connection: close\r\n\r\n")
     return b"\r\n".join(lines)
+
+
+def target_bytes(target: str) -> bytes:
+    """Return a request target for the wire. Raises ValueError where it could break its line."""
+    data = target.encode("latin-1")
+    if not TARGET.fullmatch(data) or not data.startswith(b"/"):
+        raise ValueError(f"not a request target: {target!r}")
+    return data
 
 
 def parse_head(data: bytes, method: str) -> AnswerHead:

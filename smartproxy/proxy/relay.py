@@ -159,7 +159,11 @@ class Request:
         """Leave the bytes to nginx, and hold on until the server counts the request itself."""
         self.client.begin(
             accel.redirect_head(
-                server_id=grant.server_id, host=grant.host, port=grant.port, api_key=grant.api_key
+                server_id=grant.server_id,
+                host=grant.host,
+                port=grant.port,
+                api_key=grant.api_key,
+                target=self.job.target,
             )
         )
         self.client.write(b"")

@@ -73,6 +73,8 @@ class RelayTicket:
 class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     """ThreadWorker whose open streams, waiting requests and slow clients hold no thread."""
 
+    _accepting: bool
+
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
         if cfg.is_ssl or cfg.http2_cleartext != "off":
@@ -140,7 +142,7 @@ class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         stopping_s = now - self._stopping_at
         if stopping_s > self.cfg.graceful_timeout - FAREWELL_S:
             self._relay.stop_all()
-        return self.nr_conns == 0 or stopping_s > self.cfg.graceful_timeout
+        return bool(self.nr_conns == 0 or stopping_s > self.cfg.graceful_timeout)
 
     def _close_expired(self, now: float) -> None:
         expired = []
@@ -219,7 +221,8 @@ class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             outcome = self.handle(conn)
         finally:
             outbox, conn.sock = conn.sock, sock
-        reception.channel.write(outbox.data)
+        if outbox.data:
+            reception.channel.write(outbox.data)
         self._handled(reception, outcome)
 
     def _handle_in_thread(self, reception: Reception) -> Any:
