@@ -13,6 +13,7 @@ from smartproxy.errors import SmartProxyError
 from smartproxy.estimate_command import estimate_command
 from smartproxy.log import setup_logging
 from smartproxy.manager.__main__ import main as run_manager
+from smartproxy.plan_command import plan_command
 from smartproxy.serve import serve as run_serve
 
 EXIT_BAD_CONFIG = 2
@@ -64,6 +65,7 @@ def manager(config: Path | None, state_dir: Path | None) -> None:
 
 
 cli.add_command(estimate_command, "estimate")
+cli.add_command(plan_command, "plan")
 
 
 def main() -> None:

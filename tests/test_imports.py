@@ -107,7 +107,8 @@ def kind_of(module: str) -> str:
             | "__main__"
             | "estimate_command"
             | "estimate_views"
-            | "gpus_command",
+            | "gpus_command"
+            | "plan_command",
             *_,
         ]:
             return "cli"

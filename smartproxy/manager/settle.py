@@ -32,6 +32,8 @@ def _settled(
         return True, "model_not_found", f"no model '{wish.model_id}' is configured"
     if wish.kind == "unload":
         return row is None, None, None
+    if wish.kind == "plan":
+        return False, None, None
     if row is not None:
         # a request takes the ready server by itself; only a person waits to be told
         return wish.explicit and row["state"] == ServerState.READY, None, None

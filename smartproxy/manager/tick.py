@@ -7,6 +7,7 @@ blocks: starting, draining and stopping run in threads, which move rows and poke
 from __future__ import annotations
 
 from smartproxy.manager.act import carry_out, notice_exits, unload
+from smartproxy.manager.answer_plans import answer_plans
 from smartproxy.manager.core import Manager
 from smartproxy.manager.look import idle_too_long, snapshot
 from smartproxy.manager.plan import plan
@@ -23,6 +24,8 @@ def tick(manager: Manager, now: float) -> bool:
             unload(manager, wish.model_id, "unloaded by request", now)
     for model_id, idle_s in idle_too_long(manager, demands, now):
         unload(manager, model_id, f"idle for {idle_s:.0f} s (ttl)", now)
-    decision = plan(snapshot(manager, demands, now))
+    view = snapshot(manager, demands, now)
+    answer_plans(manager, view, demands, now)
+    decision = plan(view)
     carry_out(manager, decision, demands, now)
     return bool(decision.waits or decision.evictions)

@@ -1,10 +1,9 @@
-"""Everything that is not relayed: health, status, the catalogue, load and unload."""
+"""Everything that is not relayed: health, status, the catalogue, load, unload and plan."""
 
 from __future__ import annotations
 
 import socket
 import sqlite3
-import time
 from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
@@ -12,22 +11,15 @@ from tabulate import tabulate
 
 from smartproxy.catalog import Catalog
 from smartproxy.entities import pool_status
-from smartproxy.errors import (
-    LoadTimeout,
-    ManagerDown,
-    ModelNotFound,
-    RouteNotFound,
-    ShuttingDown,
-    from_code,
-)
-from smartproxy.lifetime import worker_id
+from smartproxy.errors import ModelNotFound, RouteNotFound, ShuttingDown
 from smartproxy.proxy import auth, view
-from smartproxy.proxy.ensure import MANAGER_PATIENCE_S, send_poke
+from smartproxy.proxy.asking import Question, ask_manager
+from smartproxy.proxy.ensure import send_poke
 from smartproxy.settings import Settings
-from smartproxy.state import demand
 from smartproxy.state.store import Store
 
-LOOK_EVERY_S = 0.02
+#: a plan is decided in milliseconds; before it the GPUs must have been looked at once
+PLAN_LIMIT_S = 30.0
 
 
 def blueprint(settings: Settings, catalog: Catalog, store: Store) -> Blueprint:
@@ -71,10 +63,23 @@ def blueprint(settings: Settings, catalog: Catalog, store: Store) -> Blueprint:
             raise ModelNotFound(f"no model's id starts '{rest[:200]}'")
         spec, verb = found
         if verb not in ("load", "unload"):
-            raise RouteNotFound(f"no operation '{verb}'; there are load and unload")
-        _demand_and_wait(store, settings, verb, spec.id, poke)
+            raise RouteNotFound(f"no operation POST '{verb}'; there are load and unload")
+        limit_s = settings.queue_timeout + settings.load_timeout
+        question = Question(kind=verb, model_id=spec.id, limit_s=limit_s)
+        ask_manager(store, settings.state_dir, question)
         listed = {entry["id"]: entry for entry in view.model_list(store, catalog)}
         return jsonify(listed[spec.id])
+
+    @operations.get("/api/models/<path:rest>")
+    def tell(rest: str) -> Response:
+        found = catalog.split_path(rest)
+        if found is None:
+            raise ModelNotFound(f"no model's id starts '{rest[:200]}'")
+        spec, verb = found
+        if verb != "plan":
+            raise RouteNotFound(f"no operation GET '{verb}'; there is plan")
+        question = Question(kind="plan", model_id=spec.id, limit_s=PLAN_LIMIT_S)
+        return jsonify(ask_manager(store, settings.state_dir, question))
 
     return operations
 
@@ -95,41 +100,6 @@ def _read(build: Any, settings: Settings) -> dict[str, Any]:
             "observed_at": None,
         }
     return body
-
-
-def _demand_and_wait(store: Store, settings: Settings, kind: str, model_id: str, poke: Any) -> None:
-    """Ask the manager for something by hand and wait for its answer. Raises what it answers."""
-    worker, now = worker_id(), time.time()
-    try:
-        demand_id = demand.ask(store, kind, model_id, worker, now=now, explicit=True)
-    except sqlite3.Error as error:
-        raise ManagerDown(f"the state file can't be written: {error}") from None
-    poke(kind.encode())
-    limit_s = settings.queue_timeout + settings.load_timeout
-    deadline, renew_at = time.monotonic() + limit_s, time.monotonic() + demand.RENEW_S
-    silent_since: float | None = None
-    try:
-        while True:
-            answer = demand.read_answers(store, [demand_id]).get(demand_id)
-            if answer is not None:
-                if answer.error_code:
-                    raise from_code(answer.error_code, answer.message or "")
-                return
-            now = time.monotonic()
-            if now > deadline:
-                raise LoadTimeout(f"{kind} of '{model_id}' was not done after {limit_s:.0f} s")
-            if view.manager(store, now=time.time())["alive"]:
-                silent_since = None
-            elif silent_since is None:
-                silent_since = now
-            elif now - silent_since > MANAGER_PATIENCE_S:
-                raise ManagerDown(f"the manager does not answer; '{kind}' was not done")
-            if now > renew_at:
-                demand.renew(store, worker, now=time.time())
-                renew_at = now + demand.RENEW_S
-            time.sleep(LOOK_EVERY_S)
-    finally:
-        demand.withdraw(store, [demand_id])
 
 
 def _wants_text() -> bool:

@@ -1,0 +1,153 @@
+"""Answer demands of kind plan: what would happen to a model now, as JSON. Nothing is carried out.
+
+Input: open demands and the snapshot that this pass decides on. Memory is GB (2^30 bytes), as
+everywhere that users look.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smartproxy.errors import SmartProxyError
+from smartproxy.manager import needs, shapes
+from smartproxy.manager.core import Manager
+from smartproxy.manager.ledger import overhead_bytes
+from smartproxy.manager.plan import explain
+from smartproxy.state import demand
+from smartproxy.state.demand import Demand
+from smartproxy.types import (
+    GIB,
+    CandidateGpu,
+    DeviceBytes,
+    Estimate,
+    Evict,
+    Explanation,
+    Layout,
+    Placement,
+    Snapshot,
+    WaitingLoad,
+)
+
+
+def answer_plans(manager: Manager, view: Snapshot, demands: list[Demand], now: float) -> None:
+    """Answer every plan demand, once the GPUs were looked at."""
+    if view.gpus is None:
+        return
+    for wish in demands:
+        if wish.kind != "plan":
+            continue
+        try:
+            load = _as_if_asked(manager, wish, now)
+        except SmartProxyError as error:
+            demand.answer(
+                manager.store, [wish.id], now=now, error_code=error.code, message=str(error)
+            )
+            continue
+        told = as_json(view, load, explain(view, load))
+        demand.answer(manager.store, [wish.id], now=now, answer=told)
+
+
+def _as_if_asked(manager: Manager, wish: Demand, now: float) -> WaitingLoad:
+    """Return the load that a request would cause. Raises where the model's file can't be read."""
+    spec = manager.catalog.models[wish.model_id]
+    return WaitingLoad(
+        model_id=spec.id,
+        asked_at=now,
+        expires_at=now + manager.settings.queue_timeout,
+        requests=1,
+        need=needs.need_of(manager, spec),
+        policy=needs.policy_of(manager, spec),
+    )
+
+
+def as_json(view: Snapshot, load: WaitingLoad, told: Explanation) -> dict[str, Any]:
+    """Return an explanation as users get it."""
+    return {
+        "model": told.model_id,
+        "action": told.action,
+        "reason": told.reason,
+        "code": told.code,
+        "placement": _placement(load, told.placement) if told.placement else None,
+        "estimate": _estimate(view, load, told.placement),
+        "candidates": [_candidate(gpu) for gpu in told.candidates],
+        "headroom_memory": _gb(view.settings.headroom_bytes),
+        "evictions": [_eviction(victim) for victim in told.evictions],
+    }
+
+
+def _placement(load: WaitingLoad, placement: Placement) -> dict[str, Any]:
+    layout = placement.layout
+    return {
+        "gpus": [
+            {"id": share.index, "uuid": share.uuid, "needed_memory": _gb(share.bytes)}
+            for share in placement.gpus
+        ],
+        "tensor_split": list(layout.tensor_split),
+        "gpu_layers": layout.gpu_layers if placement.gpus else 0,
+        "layer_count": load.need.layer_count,
+        "context_size": layout.context_size,
+        "cpu_moe_layers": layout.cpu_moe_layers,
+        "reason": placement.reason,
+    }
+
+
+def _estimate(view: Snapshot, load: WaitingLoad, placement: Placement | None) -> dict[str, Any]:
+    """Return the memory of the placement, or of the whole model on one GPU where it has none."""
+    estimate = placement.estimate if placement else _on_one_gpu(load)
+    gpus = [share.index for share in placement.gpus] if placement else []
+    overheads = [overhead_bytes(gpu, view) for gpu in view.gpus or ()]
+    spare = 0 if placement else max(overheads, default=0)
+    devices: list[dict[str, Any]] = [
+        {"id": gpus[place] if gpus else None, **_parts(device, spare)}
+        for place, device in enumerate(estimate.devices)
+    ]
+    return {
+        "devices": devices,
+        "host": _parts(estimate.host, 0),
+        "total_memory": round(sum(device["total_memory"] for device in devices), 3),
+        "confident": estimate.confident,
+    }
+
+
+def _on_one_gpu(load: WaitingLoad) -> Estimate:
+    shape = shapes.whole(load.need, load.policy)
+    return load.need.estimate(
+        Layout(tensor_split=(1.0,), gpu_layers=shape.gpu_layers, context_size=shape.context_size)
+    )
+
+
+def _parts(device: DeviceBytes, spare_bytes: int) -> dict[str, float]:
+    return {
+        "weights_memory": _gb(device.weights_bytes),
+        "kv_cache_memory": _gb(device.kv_cache_bytes),
+        "recurrent_memory": _gb(device.recurrent_bytes),
+        "compute_memory": _gb(device.compute_bytes),
+        "overhead_memory": _gb(device.overhead_bytes + spare_bytes),
+        "total_memory": _gb(device.total_bytes + spare_bytes),
+    }
+
+
+def _candidate(gpu: CandidateGpu) -> dict[str, Any]:
+    return {
+        "id": gpu.index,
+        "uuid": gpu.uuid,
+        "name": gpu.name,
+        "free_memory": _gb(max(0, gpu.free_bytes)),
+        "free_later_memory": _gb(max(0, gpu.free_later_bytes)),
+        "needed_memory": None if gpu.needed_bytes is None else _gb(gpu.needed_bytes),
+        "fits": gpu.fits_now,
+        "note": gpu.note,
+    }
+
+
+def _eviction(victim: Evict) -> dict[str, Any]:
+    return {
+        "server": str(victim.server_id),
+        "model": victim.model_id,
+        "reason": victim.reason,
+        "busy": victim.drains_busy,
+    }
+
+
+def _gb(size_bytes: int) -> float:
+    return round(size_bytes / GIB, 3)
