@@ -27,7 +27,7 @@ BACKLOG = 2048
 SHORT_LIFE_S = 3.0
 #: a full stop: streams in flight may finish this long, then servers get TERM, TERM, KILL
 GUNICORN_STOP_S = 40.0
-MANAGER_STOP_S = 50.0
+MANAGER_STOP_S = 80.0
 #: exit codes that a restart can't mend: bad configuration; an application that does not boot
 HOPELESS = {"manager": {2, 3}, "gunicorn": {3, 4}}
 
@@ -55,11 +55,14 @@ class Half:
             start_new_session=True,
         )
 
-    def stop(self, number: int, patience_s: float) -> None:
-        """Send a signal and wait; kill it if it does not end in time."""
-        if self.process is None or self.process.poll() is not None:
+    def ask_to_stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
+    def await_end(self, patience_s: float) -> None:
+        """Kill it if it does not end in time."""
+        if self.process is None:
             return
-        self.process.send_signal(number)
         try:
             self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
@@ -70,6 +73,9 @@ class Half:
 
 def serve(settings: Settings, host: str, port: int) -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code. Raises ConfigError."""
+    problem = settings.port_problem(port)
+    if problem:
+        raise ConfigError(f"--port: {problem}")
     listener = _listen(host, port)
     settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     env = {
@@ -94,10 +100,12 @@ def serve(settings: Settings, host: str, port: int) -> int:
     stop = _Stop()
     logger.info("serving on http://%s:%d", host, port)
     code = _keep_running([guard, manager, gunicorn], env, stop)
-    # requests first, so that nobody waits for a server that goes away
-    gunicorn.stop(signal.SIGTERM, GUNICORN_STOP_S)
+    # both at once: the manager refuses who waits, and lets servers finish what gunicorn relays
+    manager.ask_to_stop()
+    gunicorn.ask_to_stop()
+    gunicorn.await_end(GUNICORN_STOP_S)
     listener.close()
-    manager.stop(signal.SIGTERM, MANAGER_STOP_S)
+    manager.await_end(MANAGER_STOP_S)
     os.close(our_end)
     if guard.process is not None:
         guard.process.wait()

@@ -236,10 +236,23 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _ports_do_not_meet(self) -> Self:
-        first, size = self.server_pool.port_start, self.server_pool.size
-        if first <= self.port < first + size:
-            raise ValueError(
-                f"port: {self.port} is one of the servers' ports {first}-{first + size - 1} "
-                "(server_pool): wants another"
-            )
+        problem = self.port_problem(self.port)
+        if problem:
+            raise ValueError(f"port: {problem}")
         return self
+
+    def longest_wait_s(self, model_id: str) -> float:
+        """Return how long a request may wait for a model: for room, then for its load."""
+        model = self.models.get(model_id)
+        own_s = model.load_timeout if model else None
+        return self.queue_timeout + (self.load_timeout if own_s is None else own_s)
+
+    def port_problem(self, port: int) -> str | None:
+        """Return why the proxy can't listen on a port beside the servers; None: it can."""
+        first, size = self.server_pool.port_start, self.server_pool.size
+        if not first <= port < first + size:
+            return None
+        return (
+            f"{port} is one of the servers' ports {first}-{first + size - 1} (server_pool):"
+            " wants another"
+        )

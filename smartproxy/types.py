@@ -87,7 +87,8 @@ class GpuSnapshot:
 
     gpus: tuple[Gpu, ...]
     observed_at: float
-    #: why there are none (no driver, no library, switched off); None where NVML answers
+    #: why there are none (no driver, no library, switched off), or why the last known ones are all
+    #: in error; None where NVML answers
     reason: str | None = None
     driver_version: str | None = None
 

@@ -46,6 +46,14 @@ def free_port() -> int:
         return port
 
 
+def free_pool(port: int, size: int = 4) -> int:
+    """Return a first port for servers such that the proxy's own is none of theirs."""
+    first = free_port()
+    while first + size > 65535 or first <= port < first + size:
+        first = free_port()
+    return first
+
+
 def fake_model(**knobs: Any) -> dict[str, Any]:
     """Return the configuration of a model that the stand-in serves with these bad manners."""
     model: dict[str, Any] = {"path": str(REAL_MODEL)}
@@ -73,7 +81,8 @@ class Proxy:
         self.state_dir = folder / "state"
         self.log_path = folder / "serve.log"
         self.config_path = folder / "config.json"
-        config = {"models": models, "server_pool": {"size": 4, "port_start": free_port()}}
+        pool = {"size": 4, "port_start": free_pool(self.port)}
+        config: dict[str, Any] = {"models": models, "server_pool": pool}
         if not real:
             config["llama_server"] = str(STAND_IN)
         self.config_path.write_text(json.dumps({**config, **settings}))

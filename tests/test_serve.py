@@ -17,7 +17,7 @@ import psutil
 import pytest
 import requests
 
-from tests.running import Proxy, fake_model, running, wait_until
+from tests.running import Proxy, fake_model, free_port, running, wait_until
 
 pytestmark = pytest.mark.servers
 
@@ -363,16 +363,16 @@ def test_a_lost_state_file_is_made_anew_and_running_servers_found(tmp_path: Path
 
 
 def test_the_halves_run_by_themselves(tmp_path: Path) -> None:
-    proxy = Proxy(tmp_path, {"m": fake_model()})
+    port = free_port()
+    proxy = Proxy(tmp_path, {"m": fake_model()}, port=port)
+    assert proxy.port != port  # the configuration's address is the one to listen on
+    proxy.url = f"http://127.0.0.1:{port}"
     env = {**os.environ, "SMARTPROXY_CONFIG": str(proxy.config_path)}
     root = Path(__file__).parent.parent
     python = Path(os.sys.executable)  # type: ignore[attr-defined]
     manager = subprocess.Popen([python, "-m", "smartproxy.cli", "manager"], env=env, cwd=root)
     gunicorn = subprocess.Popen(
-        [
-            *(python, "-m", "gunicorn", "-c", "deploy/gunicorn.conf.py"),
-            *("--bind", f"127.0.0.1:{proxy.port}", "wsgi:app"),
-        ],
+        [python, "-m", "gunicorn", "-c", "deploy/gunicorn.conf.py", "wsgi:app"],
         env=env,
         cwd=root,
     )
@@ -500,3 +500,43 @@ def test_health_answers_while_every_thread_would_wait_for_a_load(tmp_path: Path)
         proxy.stop()
         for thread in threads:
             thread.join(30)
+
+
+def test_health_answers_while_operators_wait_for_loads(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model(silent_load=1)}) as proxy:
+        url = f"{proxy.url}/api/models/m/load"
+        threads = [threading.Thread(target=requests.post, args=(url,)) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(proxy.rows("SELECT 1 FROM demands")) == 40, what="all wait")
+        assert proxy.health()["mode"] == "cpu"
+        proxy.stop()
+        for thread in threads:
+            thread.join(30)
+
+
+def test_a_stop_lets_streams_finish_and_sends_away_who_waits(tmp_path: Path) -> None:
+    models = {"m": fake_model(), "slow": fake_model(silent_load=1)}
+    with running(tmp_path, models) as proxy, ThreadPoolExecutor(2) as pool:
+        stream = Streaming(proxy, "m", chunks=100)
+        waiting = pool.submit(proxy.chat, "slow")
+        asked = pool.submit(requests.post, f"{proxy.url}/api/models/slow/load")
+        wait_until(lambda: len(proxy.rows("SELECT 1 FROM demands")) == 2, what="both wait")
+        assert proxy.process
+        proxy.process.terminate()
+        for refused in (waiting.result(), asked.result()):
+            assert (refused.status_code, code_of(refused)) == (503, "shutting_down")
+            assert refused.headers["Retry-After"]
+        assert [line for line in stream.lines if line][-1] == b"data: [DONE]"
+        assert proxy.process.wait(60) == 0
+
+
+def test_the_port_must_not_be_one_of_the_servers(tmp_path: Path) -> None:
+    proxy = Proxy(tmp_path, {"m": fake_model()})
+    first = json.loads(proxy.config_path.read_text())["server_pool"]["port_start"]
+    argv = [os.sys.executable, "-m", "smartproxy.cli", "serve"]  # type: ignore[attr-defined]
+    argv += ["--config", str(proxy.config_path), "--port", str(first + 1)]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert f"{first + 1} is one of the servers' ports" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -44,6 +44,8 @@ HEARTBEAT_S = 1.0
 #: pause between passes while models wait for room
 WAITING_TICK_S = 0.02
 IDLE_TICK_S = 1.0
+#: how long requests in flight may go on in a full stop: as gunicorn's graceful_timeout
+STOP_GRACE_S = 30.0
 #: TERM, TERM and KILL of every server at once, with room to spare
 STOP_DEADLINE_S = 45.0
 
@@ -177,7 +179,7 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) 
     logger.info("stopping")
     fleet.update_manager(manager.store, {"stopping": 1})
     _refuse_all(manager)
-    stop_all(manager, STOP_DEADLINE_S)
+    stop_all(manager, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
     fleet.update_manager(manager.store, {"pid": None, "heartbeat_at": None})
     logger.info("stopped")
     return 0

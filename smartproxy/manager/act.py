@@ -190,22 +190,30 @@ def notice_exits(manager: Manager, now: float) -> None:
         manager.children.pop(row["id"], None)
 
 
-def stop_all(manager: Manager, deadline_s: float) -> None:
-    """End every server: what a full stop does. Blocks until all have ended."""
+def stop_all(manager: Manager, *, grace_s: float, deadline_s: float) -> None:
+    """End every server: what a full stop does. Blocks until all have ended.
+
+    Requests in flight may finish for grace_s seconds; deadline_s is for the ending after that.
+    """
+    reason = "the proxy is being stopped"
     now = time.time()
     for row in fleet.live_servers(manager.store):
-        state = ServerState(row["state"])
-        reason = "the proxy is being stopped"
-        for before, after in (
-            (ServerState.READY, ServerState.DRAINING),
-            (ServerState.DRAINING, ServerState.STOPPING),
-            (ServerState.STARTING, ServerState.STOPPING),
+        unload(manager, row["model_id"], reason, now)
+    _until_none_live(manager, grace_s)
+    for row in fleet.live_servers(manager.store):
+        if fleet.transition(
+            manager.store,
+            row["id"],
+            ServerState.DRAINING,
+            ServerState.STOPPING,
+            now=time.time(),
+            reason=f"{reason}; requests were still running after {grace_s:g} s",
         ):
-            if state == before and fleet.transition(
-                manager.store, row["id"], before, after, now=now, reason=reason
-            ):
-                state = after
-        in_thread(manager, take_down, manager, row["id"])
-    deadline = time.monotonic() + deadline_s
+            in_thread(manager, take_down, manager, row["id"])
+    _until_none_live(manager, deadline_s)
+
+
+def _until_none_live(manager: Manager, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
     while fleet.live_servers(manager.store) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smartproxy.errors import LoadTimeout, ManagerDown, from_code
+from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, from_code
 from smartproxy.lifetime import worker_id
 from smartproxy.proxy import view
 from smartproxy.proxy.ensure import MANAGER_PATIENCE_S, send_poke
@@ -34,7 +34,7 @@ class Question:
 def ask_manager(store: Store, state_dir: Path, question: Question) -> dict[str, Any]:
     """Return the manager's answer, {} where being done is the answer.
 
-    Raises what it answers with, ManagerDown or LoadTimeout.
+    Raises what it answers with, ManagerDown, ShuttingDown or LoadTimeout.
     """
     kind, model_id = question.kind, question.model_id
     worker, now = worker_id(), time.time()
@@ -64,7 +64,10 @@ def _await(store: Store, worker: str, demand_id: int, question: Question) -> dic
                 f"{question.kind} of '{question.model_id}' was not done after"
                 f" {question.limit_s:.0f} s"
             )
-        if view.manager(store, now=time.time())["alive"]:
+        boss = view.manager(store, now=time.time())
+        if boss["stopping"]:
+            raise ShuttingDown("the proxy is being stopped")
+        if boss["alive"]:
             silent_since = None
         elif silent_since is None:
             silent_since = now

@@ -214,8 +214,7 @@ class Broker:
     async def _watch(
         self, model_id: str, demand_id: int, avoid_server_id: int | None, avoid_until: float
     ) -> None:
-        settings = self._settings
-        limit_s = settings.queue_timeout + settings.load_timeout
+        limit_s = self._settings.longest_wait_s(model_id)
         deadline = time.monotonic() + limit_s
         seen, silent_since = -1, None
         while True:

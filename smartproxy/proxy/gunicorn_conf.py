@@ -7,16 +7,35 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 
+from smartproxy.config import load_settings
+from smartproxy.errors import ConfigError
 from smartproxy.lifetime import die_with_parent
+
+#: as the manager's for a bad configuration
+EXIT_CONFIG = 2
+
+
+def _address() -> list[str]:
+    """Return the configuration's address; a bad configuration is one line here too."""
+    try:
+        settings = load_settings()
+    except ConfigError as error:
+        print(f"gunicorn: {error}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return [f"{host}:{settings.port}"]
+
 
 worker_class = "smartproxy.proxy.worker.RelayWorker"
 # A worker relays in one thread; two keep /health quick while one is busy, more than cores gain
 # nothing.
 workers = min(max(os.cpu_count() or 1, 2), 4)
-# Threads only parse and decide (well under a millisecond each); streams hold none.
-threads = 8
-bind = ["127.0.0.1:8000"]
+# Threads only parse and decide (well under a millisecond each); streams and waiting requests hold
+# none. But a load by API holds one until it is done, and /health must not queue behind those.
+threads = 64
+bind = _address()
 backlog = 2048
 
 

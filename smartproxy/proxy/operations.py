@@ -64,7 +64,7 @@ def blueprint(settings: Settings, catalog: Catalog, store: Store) -> Blueprint:
         spec, verb = found
         if verb not in ("load", "unload"):
             raise RouteNotFound(f"no operation POST '{verb}'; there are load and unload")
-        limit_s = settings.queue_timeout + settings.load_timeout
+        limit_s = settings.longest_wait_s(spec.id)
         question = Question(kind=verb, model_id=spec.id, limit_s=limit_s)
         ask_manager(store, settings.state_dir, question)
         listed = {entry["id"]: entry for entry in view.model_list(store, catalog)}
