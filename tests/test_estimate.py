@@ -240,11 +240,11 @@ def test_need_corrects_estimates_by_what_was_measured(llama_8b: ModelMetadata) -
 
 def test_layers_split_as_the_server_splits_them() -> None:
     # 30 layers and the output by 2 to 1: 21 to the first device (its log: KV 63 and 27 MiB)
-    assert layer_devices(30, -1, (2.0, 1.0)) == [0] * 21 + [1] * 10
-    assert layer_devices(30, -1, (1.0, 1.0)) == [0] * 16 + [1] * 15
-    assert layer_devices(4, 2, (1.0,)) == [HOST, HOST, HOST, 0, 0]
-    assert layer_devices(4, 0, (1.0,)) == [HOST] * 5
-    assert layer_devices(4, -1, ()) == [HOST] * 5
+    assert layer_devices(30, -1, (2.0, 1.0)) == (0,) * 21 + (1,) * 10
+    assert layer_devices(30, -1, (1.0, 1.0)) == (0,) * 16 + (1,) * 15
+    assert layer_devices(4, 2, (1.0,)) == (HOST, HOST, HOST, 0, 0)
+    assert layer_devices(4, 0, (1.0,)) == (HOST,) * 5
+    assert layer_devices(4, -1, ()) == (HOST,) * 5
 
 
 def test_an_encoder_takes_the_same_whatever_the_context(folder: Path) -> None:

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache, partial
 
 from smartproxy.manager.compute_buffer import device_bytes, mask_bytes
 from smartproxy.manager.host_memory import host_bytes
 from smartproxy.manager.laid_out import (
     LaidOut,
     clamped_context,
+    in_context,
     lay_out,
     resolved_flash_attn,
 )
+from smartproxy.manager.layer_split import HOST
 from smartproxy.manager.streaming import streaming_bytes
 from smartproxy.types import (
     MIB,
@@ -55,10 +58,16 @@ def estimate(metadata: ModelMetadata, options: EstimateOptions, layout: Layout) 
     No overhead per GPU is in it. A layout without shares is the CPU alone: all is on the host.
     Raises UnknownCacheType.
     """
-    laid = lay_out(metadata, options, layout)
-    devices = tuple(_device(laid, index) for index in range(len(layout.tensor_split)))
-    devices, host = _with_companions(options, devices, host_bytes(laid))
-    return Estimate(layout=layout, devices=devices, host=host, confident=metadata.unknown is None)
+    sized = in_context(metadata, options, layout.context_size)
+    return _estimate(lay_out(metadata, options, layout, sized))
+
+
+def _estimate(laid: LaidOut) -> Estimate:
+    metadata, options = laid.metadata, laid.options
+    devices, host = _with_companions(options, _devices(laid), host_bytes(laid))
+    return Estimate(
+        layout=laid.layout, devices=devices, host=host, confident=metadata.unknown is None
+    )
 
 
 def make_need(
@@ -72,50 +81,61 @@ def make_need(
 
     context_size: tokens, all slots together; None = as many as fit.
     """
+    # placing asks for many splits of one context
+    sized = lru_cache(maxsize=64)(partial(in_context, metadata, options))
+
+    def corrected(layout: Layout) -> Estimate:
+        laid = lay_out(metadata, options, layout, sized(layout.context_size))
+        return correct(_estimate(laid))
+
     moe_layers = sum(1 for layer in metadata.layers if layer.expert_bytes)
     return Need(
         layer_count=metadata.layer_count + 1,
         moe_layer_count=moe_layers,
         context_size=None if context_size is None else clamped_context(metadata, context_size),
         max_context_size=clamped_context(metadata, 0),
-        estimate=lambda layout: correct(estimate(metadata, options, layout)),
+        estimate=corrected,
     )
 
 
-def _device(laid: LaidOut, index: int) -> DeviceBytes:
-    weights = kv = recurrent = 0
+def _devices(laid: LaidOut) -> tuple[DeviceBytes, ...]:
+    count = len(laid.layout.tensor_split)
+    weights, kv, recurrent = [0] * count, [0] * count, [0] * count
+    tensors = (*laid.metadata.layers, laid.metadata.output)
     for layer, device in enumerate(laid.devices):
-        if device != index:
+        if device == HOST:
             continue
-        weights += _layer_weights(laid, layer)
-        if layer < laid.metadata.layer_count and laid.options.kv_offload:
-            kv += laid.caches[layer].kv_bytes
-            recurrent += laid.caches[layer].recurrent_bytes
-    return DeviceBytes(
-        weights_bytes=weights,
-        kv_cache_bytes=kv,
-        recurrent_bytes=recurrent,
-        compute_bytes=_compute_bytes(laid, index),
+        on_host = tensors[layer].expert_bytes if layer < laid.layout.cpu_moe_layers else 0
+        weights[device] += tensors[layer].weights_bytes - on_host
+    if laid.options.kv_offload:
+        for cache, device in zip(laid.caches, laid.devices, strict=False):
+            if device != HOST:
+                kv[device] += cache.kv_bytes
+                recurrent[device] += cache.recurrent_bytes
+    return tuple(
+        DeviceBytes(
+            weights_bytes=weights[device],
+            kv_cache_bytes=kv[device],
+            recurrent_bytes=recurrent[device],
+            compute_bytes=compute,
+        )
+        for device, compute in enumerate(_compute_bytes(laid))
     )
 
 
-def _layer_weights(laid: LaidOut, layer: int) -> int:
-    if layer == laid.metadata.layer_count:
-        return laid.metadata.output.weights_bytes
-    tensors = laid.metadata.layers[layer]
-    on_host = tensors.expert_bytes if layer < laid.layout.cpu_moe_layers else 0
-    return tensors.weights_bytes - on_host
-
-
-def _compute_bytes(laid: LaidOut, index: int) -> int:
-    used, first = index in laid.devices, index == laid.first_device
-    alone = _graph_bytes(laid)
-    own = alone if used else 0
-    if laid.pipelined:
-        own += _pipeline_bytes(laid, first=first)
-    if used and not laid.options.kv_offload:
-        own += 4 * laid.row_bytes
-    return streaming_bytes(laid, own, alone) if first else own
+def _compute_bytes(laid: LaidOut) -> list[int]:
+    """Return each device's compute buffer; they differ in being the first, and in having layers."""
+    alone, used, first_device = _graph_bytes(laid), set(laid.devices), laid.first_device
+    in_turn = {first: _pipeline_bytes(laid, first=first) for first in (True, False)}
+    sizes = []
+    for device in range(len(laid.layout.tensor_split)):
+        own = alone if device in used else 0
+        first = device == first_device
+        own += in_turn[first]
+        if device in used and not laid.options.kv_offload:
+            own += 4 * laid.row_bytes
+        sizes.append(streaming_bytes(laid, own, alone) if first else own)
+    return sizes
 
 
 def _graph_bytes(laid: LaidOut) -> int:
@@ -128,6 +148,8 @@ def _graph_bytes(laid: LaidOut) -> int:
 
 def _pipeline_bytes(laid: LaidOut, *, first: bool) -> int:
     """Return what working in turn takes more: copies of inputs, handed from device to device."""
+    if not laid.pipelined:
+        return 0
     row = laid.row_bytes
     inputs = row + mask_bytes(laid.metadata, laid.graph) + MIB // 16
     copied = (PIPELINE_COPIES - 1) * inputs + 3 * row

@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import islice
 
 from smartproxy.manager.place import Wish, find, several_allowed
 from smartproxy.types import GIB, RunningServer, Strategy
@@ -89,9 +90,16 @@ def _for_memory(
 ) -> tuple[Victim, ...] | None:
     """Return victims, cheapest set first; `order` is sorted by cost."""
     positions = {site.position for site in wish.sites}
-    order = [victim for victim in order if any(p in positions for p, _ in victim.gains)]
+    gained = {
+        victim.server.server_id: sum(size for p, size in victim.gains if p in positions)
+        for victim in order
+    }
+    order = [victim for victim in order if gained[victim.server.server_id]]
+    missing = _least_bytes(wish) - sum(max(0, capacity[p]) for p in positions)
 
     def fits(chosen: Sequence[Victim]) -> bool:
+        if sum(gained[victim.server.server_id] for victim in chosen) < missing:
+            return False  # spares the dear question in most cases
         return find(wish, with_gains(capacity, chosen)) is not None
 
     if not fits(order):
@@ -104,6 +112,13 @@ def _for_memory(
             # a part of them may do over several GPUs
             return _pruned(chosen, fits) if several_allowed(wish) else chosen
     return _over_several(order, fits)
+
+
+def _least_bytes(wish: Wish) -> int:
+    """Return bytes that a model takes of all its GPUs together, or more."""
+    if several_allowed(wish):
+        return wish.sizes.layer_sums(wish.shape)[-1]
+    return wish.sizes.single_bytes(wish.shape)
 
 
 def with_gains(capacity: Sequence[int], chosen: Sequence[Victim]) -> list[int]:
@@ -178,11 +193,12 @@ def _greedy_cover(
 def _over_several(
     order: Sequence[Victim], fits: Callable[[Sequence[Victim]], bool]
 ) -> tuple[Victim, ...]:
-    """Return the cheapest set by trying sets in order of cost; after many, a pruned greedy one."""
-    for _, chosen in zip(range(_EXACT_SETS), _sets_by_cost(order), strict=False):
+    """Return the cheapest set by trying sets in order of cost; after many, by cost per byte."""
+    for chosen in islice(_sets_by_cost(order), _EXACT_SETS):
         if fits(chosen):
             return chosen
-    return _pruned(_prefix(order, fits), fits)
+    by_worth = sorted(order, key=lambda v: v.cost / sum(size for _, size in v.gains))
+    return _pruned(_prefix(by_worth, fits), fits)
 
 
 def _sets_by_cost(order: Sequence[Victim]) -> Iterator[tuple[Victim, ...]]:

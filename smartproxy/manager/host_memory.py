@@ -48,8 +48,8 @@ def _weights_bytes(laid: LaidOut) -> int:
 def _host_spans(laid: LaidOut) -> Iterator[FileSpan]:
     metadata = laid.metadata
     yield from metadata.input_spans
-    for layer, device in enumerate(laid.devices):
-        tensors: LayerTensors = [*metadata.layers, metadata.output][layer]
+    layers: tuple[LayerTensors, ...] = (*metadata.layers, metadata.output)
+    for layer, (tensors, device) in enumerate(zip(layers, laid.devices, strict=True)):
         if device == HOST:
             yield from tensors.spans
         if device == HOST or layer < laid.layout.cpu_moe_layers:

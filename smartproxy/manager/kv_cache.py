@@ -105,9 +105,24 @@ def layer_caches(
     if not metadata.has_kv_cache:
         return (LayerCache(),) * metadata.layer_count
     widest = 0 if flash else widest_value(metadata)
-    return tuple(
-        _layer_cache(metadata, options, shape, (layer, widest))
-        for layer in range(metadata.layer_count)
+    # most layers are alike, and this is the dearest part of an estimate
+    kinds = [_kind(metadata, layer) for layer in range(metadata.layer_count)]
+    first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
+    caches = {
+        kind: _layer_cache(metadata, options, shape, (layer, widest))
+        for kind, layer in first.items()
+    }
+    return tuple(caches[kind] for kind in kinds)
+
+
+def _kind(metadata: ModelMetadata, layer: int) -> tuple[int, bool, bool, bool]:
+    """Return what a layer's caches depend on, apart from what all layers share."""
+    recurrent = metadata.recurrent_layers[layer] and layer < _trunk(metadata)
+    return (
+        metadata.kv_head_counts[layer],
+        metadata.sliding_layers[layer],
+        recurrent,
+        caches_kv(metadata, layer),
     )
 
 
@@ -118,14 +133,18 @@ def widest_value(metadata: ModelMetadata) -> int:
 
 def caches_kv(metadata: ModelMetadata, layer: int) -> bool:
     """Tell whether a layer has a KV cache of its own."""
-    trunk = metadata.layer_count - metadata.prediction_layer_count
-    if layer >= trunk or not metadata.has_kv_cache:
+    if layer >= _trunk(metadata) or not metadata.has_kv_cache:
         return False
     if metadata.recurrent_layers[layer] and not _keeps_both(metadata):
         return False
     if metadata.shared_kv_from is not None and layer >= metadata.shared_kv_from:
         return metadata.unknown is not None
     return metadata.kv_head_counts[layer] > 0
+
+
+def _trunk(metadata: ModelMetadata) -> int:
+    """Return how many layers there are apart from those that only predict ahead."""
+    return metadata.layer_count - metadata.prediction_layer_count
 
 
 def _keeps_both(metadata: ModelMetadata) -> bool:
@@ -173,8 +192,7 @@ def _tensor_bytes(type_name: str, width: int, cells: int) -> int:
 
 
 def _recurrent_bytes(metadata: ModelMetadata, layer: int, slots: int) -> int:
-    trunk = metadata.layer_count - metadata.prediction_layer_count
-    if layer >= trunk or not metadata.recurrent_layers[layer]:
+    if layer >= _trunk(metadata) or not metadata.recurrent_layers[layer]:
         return 0
     # f32 whatever the cache types, one state per slot, independent of the context size
     return sum(

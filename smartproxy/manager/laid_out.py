@@ -19,6 +19,16 @@ from smartproxy.types import EstimateOptions, FlashAttention, Layout, ModelMetad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InContext:
+    """What follows from a context size, over whatever devices."""
+
+    shape: CacheShape
+    graph: Graph
+    #: per repeating layer
+    caches: tuple[LayerCache, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaidOut:
     metadata: ModelMetadata
     options: EstimateOptions
@@ -54,20 +64,27 @@ class LaidOut:
         )
 
 
-def lay_out(metadata: ModelMetadata, options: EstimateOptions, layout: Layout) -> LaidOut:
-    """Return everything that follows from the arguments but bytes; raises UnknownCacheType."""
-    context = layout.context_size if layout.context_size > 0 else clamped_context(metadata, 0)
+def in_context(metadata: ModelMetadata, options: EstimateOptions, context_size: int) -> InContext:
+    """Return caches and graph for so many tokens; 0 = the model's own. Raises UnknownCacheType."""
+    context = context_size if context_size > 0 else clamped_context(metadata, 0)
     shape = cache_shape(metadata, options, context)
     flash = resolved_flash_attn(metadata, options)
     caches = layer_caches(metadata, options, shape, flash=flash)
+    return InContext(shape=shape, graph=_graph(metadata, options, (shape, caches)), caches=caches)
+
+
+def lay_out(
+    metadata: ModelMetadata, options: EstimateOptions, layout: Layout, sized: InContext
+) -> LaidOut:
+    """Return everything that follows from the arguments but bytes. sized: for layout's context."""
     return LaidOut(
         metadata=metadata,
         options=options,
         layout=layout,
-        shape=shape,
-        graph=_graph(metadata, options, (shape, caches)),
-        caches=caches,
-        devices=tuple(layer_devices(metadata.layer_count, layout.gpu_layers, layout.tensor_split)),
+        shape=sized.shape,
+        graph=sized.graph,
+        caches=sized.caches,
+        devices=layer_devices(metadata.layer_count, layout.gpu_layers, layout.tensor_split),
     )
 
 

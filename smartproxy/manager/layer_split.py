@@ -6,12 +6,17 @@ Source: llama.cpp b11434, src/llama-model.cpp, load_tensors (get_layer_buft_list
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 
 HOST = -1
 
 
-def layer_devices(layer_count: int, gpu_layers: int, tensor_split: Sequence[float]) -> list[int]:
+@lru_cache(maxsize=1024)
+def layer_devices(
+    layer_count: int, gpu_layers: int, tensor_split: tuple[float, ...]
+) -> tuple[int, ...]:
     """Return the device of each layer, the output layer last; HOST where it is not offloaded.
 
     gpu_layers: the last so many go to the devices, the output layer counts as one; negative =
@@ -26,8 +31,8 @@ def layer_devices(layer_count: int, gpu_layers: int, tensor_split: Sequence[floa
     devices = [HOST] * first
     for index in range(offloaded):
         position = _single(index / offloaded)
-        devices.append(_first_above(bounds, position))
-    return devices
+        devices.append(min(bisect_right(bounds, position), len(bounds) - 1))
+    return tuple(devices)
 
 
 def _bounds(tensor_split: Sequence[float]) -> list[float]:
@@ -40,13 +45,6 @@ def _bounds(tensor_split: Sequence[float]) -> list[float]:
     if total <= 0:
         return _bounds([1.0] * len(tensor_split))
     return [_single(part / total) for part in sums]
-
-
-def _first_above(bounds: Sequence[float], position: float) -> int:
-    for device, bound in enumerate(bounds):
-        if bound > position:
-            return device
-    return len(bounds) - 1
 
 
 def _single(value: float) -> float:

@@ -10,7 +10,7 @@ set, and more free memory never turns a fit into none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from smartproxy.manager.ledger import default_overhead_bytes as default_overhead_bytes
@@ -113,25 +113,26 @@ def fit_on(wish: Wish, sites: tuple[Site, ...], capacity: Sequence[int]) -> Fit 
 def _single_gpu_preferred(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
     """One GPU, calm ones first, the one with most room; else the fewest that fit."""
     order = sorted(wish.sites, key=lambda s: (not s.calm, -capacity[s.position], s.position))
-    yield from ((site,) for site in order)
+    yield from _alone(wish, order, capacity)
     yield from _fewest(wish, capacity)
 
 
 def _packed(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
     """One GPU, calm ones first, the tightest that fits: big holes stay whole; else the fewest."""
     order = sorted(wish.sites, key=lambda s: (not s.calm, capacity[s.position], s.position))
-    yield from ((site,) for site in order)
+    yield from _alone(wish, order, capacity)
     yield from _fewest(wish, capacity)
 
 
 def _distribute(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
     """As many GPUs as allowed, vacant ones first; one only where there is no second."""
     if not several_allowed(wish):
-        yield from ((site,) for site in wish.sites)
+        yield from _alone(wish, wish.sites, capacity)
         return
     for sites in (_vacant(wish), wish.sites):
+        order = _biggest_first(sites, capacity)
         for count in range(min(wish.max_gpus, len(sites)), 1, -1):
-            yield _biggest(sites, capacity, count)
+            yield order[:count]
 
 
 STRATEGIES: Mapping[Strategy, Sets] = {
@@ -146,17 +147,31 @@ def several_allowed(wish: Wish) -> bool:
     return min(wish.max_gpus, len(wish.sites), wish.shape.gpu_layers) > 1
 
 
+def _alone(
+    wish: Wish, order: Iterable[Site], capacity: Sequence[int]
+) -> Iterator[tuple[Site, ...]]:
+    needed = wish.sizes.single_bytes(wish.shape)
+    return ((site,) for site in order if capacity[site.position] >= needed)
+
+
 def _fewest(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
-    vacant = _vacant(wish)
-    for count in range(2, min(wish.max_gpus, len(wish.sites)) + 1):
-        if count <= len(vacant) < len(wish.sites):
-            yield _biggest(vacant, capacity, count)
-        yield _biggest(wish.sites, capacity, count)
+    if not several_allowed(wish):
+        return
+    everywhere = _biggest_first(wish.sites, capacity)
+    vacant = _biggest_first(_vacant(wish), capacity)
+    layers = wish.sizes.layer_sums(wish.shape)[-1]
+    for count in range(2, min(wish.max_gpus, len(everywhere)) + 1):
+        # this search asks for fits by the hundred: what can't be is told from the sum alone
+        if sum(capacity[site.position] for site in everywhere[:count]) < layers:
+            continue
+        if count <= len(vacant) < len(everywhere):
+            yield vacant[:count]
+        yield everywhere[:count]
 
 
 def _vacant(wish: Wish) -> tuple[Site, ...]:
     return tuple(site for site in wish.sites if site.vacant)
 
 
-def _biggest(sites: Sequence[Site], capacity: Sequence[int], count: int) -> tuple[Site, ...]:
-    return tuple(sorted(sites, key=lambda s: (-capacity[s.position], s.position))[:count])
+def _biggest_first(sites: Sequence[Site], capacity: Sequence[int]) -> tuple[Site, ...]:
+    return tuple(sorted(sites, key=lambda site: (-capacity[site.position], site.position)))
