@@ -12,7 +12,7 @@ _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _INDENT = "    "
 
 
-class _Formatter(logging.Formatter):
+class LineFormatter(logging.Formatter):
     """time level logger message; a traceback follows, indented, from ERROR on."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -35,7 +35,7 @@ def setup_logging(level: str | int = logging.INFO) -> None:
     for an unknown name.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
+    handler.setFormatter(LineFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     level = level.upper() if isinstance(level, str) else level

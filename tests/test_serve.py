@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -529,6 +530,17 @@ def test_a_stop_lets_streams_finish_and_sends_away_who_waits(tmp_path: Path) -> 
             assert refused.headers["Retry-After"]
         assert [line for line in stream.lines if line][-1] == b"data: [DONE]"
         assert proxy.process.wait(60) == 0
+
+
+def test_the_log_is_one_line_an_event_from_every_process(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model()}) as proxy:
+        assert proxy.chat("m").status_code == 200
+        proxy.stop()
+        lines = proxy.log().splitlines()
+        assert any("smartproxy.state.fleet" in line for line in lines)
+        assert any("gunicorn.error" in line for line in lines)
+        shape = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+[+-]\d\d:\d\d (INFO|WARNING|ERROR) [\w.]+ \S")
+        assert [line for line in lines if not shape.match(line)] == []
 
 
 def test_the_port_must_not_be_one_of_the_servers(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 # It would be a socket in the user's home, outside of everything we own.
 control_socket_disable = True
 errorlog = "-"
+logger_class = "smartproxy.proxy.gunicorn_log.LineLogger"
 # A header field may carry a long token or trace state; the total stays bounded by gunicorn.
 limit_request_field_size = 16384
 limit_request_line = 8190
