@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-from smartproxy.manager.estimate import make_need
+from smartproxy.manager.estimate import Loaded, make_need
 from smartproxy.manager.ledger import default_overhead_bytes
 from smartproxy.manager.metadata import read_metadata
 from smartproxy.types import (
@@ -66,7 +66,7 @@ def catalogue(random: Random) -> list[Listed]:
 def _listed(name: str, metadata: ModelMetadata, random: Random) -> Listed:
     cache, context = random.choice(CACHE_TYPES), random.choice(CONTEXTS)
     options = EstimateOptions(cache_type_k=cache, cache_type_v=cache)
-    need = make_need(metadata, options, context_size=context)
+    need = make_need(Loaded(metadata=metadata, options=options), context_size=context)
     context = need.context_size or context
     whole = Layout(tensor_split=(1.0,), gpu_layers=need.layer_count, context_size=context)
     return Listed(
@@ -155,8 +155,7 @@ def waiting(
             expires_at=NOW + 300,
             requests=1,
             need=make_need(
-                model.metadata,
-                model.options,
+                Loaded(metadata=model.metadata, options=model.options),
                 context_size=None if auto_context else model.context_size,
             ),
             policy=PlacePolicy(),

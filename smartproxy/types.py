@@ -271,9 +271,18 @@ class EstimateOptions:
     swa_full: bool = False
     embeddings: bool = False
     kv_offload: bool = True
-    #: on the first device, beside the model's own: a projector's file, a draft model's buffers
+    #: beside the model's own: a projector's file and graph, on the first device or on the host
     projector_bytes: int = 0
+    projector_compute_bytes: int = 0
+    projector_offload: bool = True
+    #: files of adapters (LoRA): how they divide over devices nobody says, so each is charged all
+    adapter_bytes: int = 0
+    #: tokens drafted per step: each slot then has so many outputs more
+    draft_tokens: int = 0
+    #: a draft model in the same layout
     draft: Estimate | None = None
+    #: options given that no rule follows (--override-tensor): the estimate is deliberately high
+    unmodelled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartproxy.errors import UnknownCacheType
-from smartproxy.manager.estimate import clamped_context, estimate, make_need, resolved_flash_attn
+from smartproxy.manager.estimate import (
+    Loaded,
+    clamped_context,
+    estimate,
+    make_need,
+    predictor,
+    resolved_flash_attn,
+)
 from smartproxy.manager.kv_cache import CACHE_TYPES
 from smartproxy.manager.layer_split import HOST, layer_devices
 from smartproxy.manager.metadata import read_metadata
@@ -227,8 +234,7 @@ def test_a_projector_and_a_draft_model_come_on_top(llama_8b: ModelMetadata) -> N
 def test_need_corrects_estimates_by_what_was_measured(llama_8b: ModelMetadata) -> None:
     measured = DeviceBytes(weights_bytes=1)
     need = make_need(
-        llama_8b,
-        EstimateOptions(),
+        Loaded(metadata=llama_8b, options=EstimateOptions()),
         context_size=10**9,
         correct=lambda predicted: replace(predicted, devices=(measured,)),
     )
@@ -236,6 +242,46 @@ def test_need_corrects_estimates_by_what_was_measured(llama_8b: ModelMetadata) -
     assert need.moe_layer_count == 0
     assert need.context_size == need.max_context_size == 131072
     assert need.estimate(ONE_GPU).devices == (measured,)
+
+
+def test_a_draft_model_lies_over_the_same_devices(llama_8b: ModelMetadata, folder: Path) -> None:
+    small = metadata_of("llama32-1b.Q8_0.gguf", folder)
+    loaded = Loaded(metadata=llama_8b, options=EstimateOptions(parallel=1), draft=small)
+    layout = Layout(tensor_split=(1.0, 1.0), gpu_layers=33, context_size=4096)
+    plain = estimate(llama_8b, EstimateOptions(parallel=1), layout)
+    alone = estimate(small, EstimateOptions(), replace(layout, gpu_layers=17))
+    for both, own, drafts in zip(
+        predictor(loaded)(layout).devices, plain.devices, alone.devices, strict=True
+    ):
+        assert both.total_bytes == own.total_bytes + drafts.total_bytes
+    on_cpu = Layout(tensor_split=(), gpu_layers=0, context_size=4096)
+    host = estimate(llama_8b, EstimateOptions(parallel=1), on_cpu).host.total_bytes
+    assert predictor(loaded)(on_cpu).host.total_bytes > host + small.file_bytes / 2
+
+
+def test_a_drafting_server_keeps_logits_for_what_it_drafted(llama_8b: ModelMetadata) -> None:
+    plain, drafts = (
+        estimate(llama_8b, EstimateOptions(draft_tokens=count), ONE_GPU) for count in (0, 16)
+    )
+    assert drafts.host.compute_bytes - plain.host.compute_bytes == 4 * 16 * 4 * 128256
+
+
+def test_options_that_no_rule_follows_make_the_estimate_high(llama_8b: ModelMetadata) -> None:
+    plain = estimate(llama_8b, EstimateOptions(), ONE_GPU)
+    moved = estimate(llama_8b, EstimateOptions(unmodelled=("-ot",)), ONE_GPU)
+    assert plain.confident
+    assert not moved.confident
+    assert moved.devices[0].compute_bytes > 1.25 * plain.devices[0].compute_bytes
+
+
+def test_a_projector_kept_off_the_gpu_is_the_hosts(llama_8b: ModelMetadata) -> None:
+    plain = estimate(llama_8b, EstimateOptions(), ONE_GPU)
+    options = EstimateOptions(
+        projector_bytes=100, projector_compute_bytes=10, projector_offload=False
+    )
+    kept = estimate(llama_8b, options, ONE_GPU)
+    assert kept.devices == plain.devices
+    assert kept.host.total_bytes == plain.host.total_bytes + 110
 
 
 def test_layers_split_as_the_server_splits_them() -> None:

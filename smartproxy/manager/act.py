@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smartproxy.manager import needs, process
+from smartproxy.manager import process
 from smartproxy.manager.bring_up import bring_up, drain, free_port, take_down
 from smartproxy.manager.core import Manager
 from smartproxy.manager.launch import command
+from smartproxy.manager.loaded import loaded_of, options_key, settings_key
 from smartproxy.state import demand, fleet
 from smartproxy.state.demand import Demand
 from smartproxy.types import Decision, Evict, ServerState, Start
@@ -72,18 +73,21 @@ def start(manager: Manager, decided: Start, now: float) -> None:
     placement = decided.placement
     layout, estimate = placement.layout, placement.estimate
     port = free_port(manager)
+    loaded = loaded_of(manager.store, spec)
+    argv = command(manager.binary, spec, placement, port=port, loaded=loaded)
+    options = options_key(spec, loaded, manager.binary.build)
     columns = {
         "model_id": spec.id,
         "port": port,
         "api_key": secrets.token_urlsafe(24),
-        "command": json.dumps(command(manager.binary, spec, placement, port)),
+        "command": json.dumps(argv),
         "log_path": str(_log_path(manager, spec.id, now)),
-        "settings_key": needs.settings_key(manager, spec, layout),
+        "settings_key": settings_key(options, layout),
         "on_cpu_for_want_of_gpu": int(placement.on_cpu_for_want_of_gpu),
         "context_size": layout.context_size,
         "parallel": spec.parallel,
         "gpu_layers": layout.gpu_layers if placement.gpus else 0,
-        "layer_count": needs.need_of(manager, spec).layer_count,
+        "layer_count": loaded.metadata.layer_count + 1,
         "tensor_split": ",".join(f"{share:g}" for share in layout.tensor_split),
         "estimated_bytes": sum(share.bytes for share in placement.gpus),
         "host_estimated_bytes": estimate.host.total_bytes,

@@ -35,6 +35,8 @@ class Binary:
     build: str
     #: put before LD_LIBRARY_PATH (packages bring their own libraries)
     library_dir: Path | None
+    #: --log-verbosity at which it prints its buffers; None for builds that print them anyway
+    trace_verbosity: int | None
     #: backend names in its own order, e.g. ("CUDA0", "CUDA1"); empty without a device
     devices: tuple[str, ...]
 
@@ -67,13 +69,16 @@ def find(configured: Path | None, search_path: str | None) -> tuple[Path, Path |
 def inspect(path: Path, library_dir: Path | None, environ: Mapping[str, str]) -> Binary:
     """Ask a binary what it is. Takes a second or two; raises ConfigError if it can't run here."""
     env = child_environment(environ, library_dir)
-    version = _ask(path, "--version", env)
+    version, usage = _ask(path, "--version", env), _ask(path, "--help", env)
     found = re.search(r"version: (.+)", version)
+    # levels came with their list in the help; before that, buffers were printed at any verbosity
+    trace = re.search(r"^\s+- (\d+): trace\b", usage, re.M)
     return Binary(
         path=path,
-        flags=frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", _ask(path, "--help", env))),
+        flags=frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", usage)),
         build=found.group(1).strip() if found else "unknown",
         library_dir=library_dir,
+        trace_verbosity=int(trace.group(1)) if trace else None,
         devices=tuple(re.findall(r"^\s+(\w+\d+): ", _ask(path, "--list-devices", env), re.M)),
     )
 

@@ -21,6 +21,7 @@ from smartproxy.errors import LoadFailed, LoadTimeout, SmartProxyError
 from smartproxy.manager import process
 from smartproxy.manager.core import Manager
 from smartproxy.manager.launch import command, environment
+from smartproxy.manager.loaded import loaded_of
 from smartproxy.manager.process import Child
 from smartproxy.state import fleet
 from smartproxy.types import Placement, ServerState
@@ -64,7 +65,13 @@ def _start_and_wait(
     for left in reversed(range(PORT_TRIES)):
         row = fleet.server(manager.store, server_id)
         child = process.spawn(
-            command(manager.binary, spec, placement, row["port"]),
+            command(
+                manager.binary,
+                spec,
+                placement,
+                port=row["port"],
+                loaded=loaded_of(manager.store, spec),
+            ),
             environment(
                 manager.binary,
                 spec,

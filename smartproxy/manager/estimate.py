@@ -10,17 +10,19 @@ Source: llama.cpp b11434.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 from smartproxy.manager.compute_buffer import device_bytes, mask_bytes
 from smartproxy.manager.host_memory import host_bytes
 from smartproxy.manager.laid_out import (
+    InContext,
     LaidOut,
     clamped_context,
     in_context,
     lay_out,
     resolved_flash_attn,
+    with_flash_attn_resolved,
 )
 from smartproxy.manager.layer_split import HOST
 from smartproxy.manager.streaming import streaming_bytes
@@ -40,6 +42,7 @@ __all__ = [
     "estimate",
     "make_need",
     "resolved_flash_attn",
+    "with_flash_attn_resolved",
 ]
 
 #: backend context, kernels, pools of one server on a GPU of which nothing is known yet:
@@ -48,7 +51,7 @@ __all__ = [
 DEFAULT_OVERHEAD_BYTES = 420 * MIB
 #: copies of a graph's inputs that several devices work on in turn (ggml-backend.cpp)
 PIPELINE_COPIES = 4
-#: what an architecture that the tables lack is charged more for its compute buffers
+#: what architectures and options that no rule follows are charged more for compute buffers
 _UNKNOWN_FACTOR = 1.25
 
 
@@ -65,14 +68,52 @@ def estimate(metadata: ModelMetadata, options: EstimateOptions, layout: Layout) 
 def _estimate(laid: LaidOut) -> Estimate:
     metadata, options = laid.metadata, laid.options
     devices, host = _with_companions(options, _devices(laid), host_bytes(laid))
-    return Estimate(
-        layout=laid.layout, devices=devices, host=host, confident=metadata.unknown is None
-    )
+    confident = metadata.unknown is None and not options.unmodelled
+    if options.draft is not None:
+        confident = confident and options.draft.confident
+    return Estimate(layout=laid.layout, devices=devices, host=host, confident=confident)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """Everything a server loads: a model, its settings, and perhaps a model that drafts for it."""
+
+    metadata: ModelMetadata
+    options: EstimateOptions
+    draft: ModelMetadata | None = None
+    draft_options: EstimateOptions = field(default_factory=EstimateOptions)
+
+
+def predictor(loaded: Loaded) -> Callable[[Layout], Estimate]:
+    """Return estimates by the rules alone; quicker than `estimate` where many splits are asked for.
+
+    A draft model lies over the same devices, all of it or, on the CPU, nothing.
+    """
+    sized = _sized(loaded.metadata, loaded.options)
+    if loaded.draft is None:
+        return lambda layout: _estimate(
+            lay_out(loaded.metadata, loaded.options, layout, sized(layout.context_size))
+        )
+    draft, draft_sized = loaded.draft, _sized(loaded.draft, loaded.draft_options)
+
+    def predict(layout: Layout) -> Estimate:
+        all_layers = draft.layer_count + 1 if layout.tensor_split else 0
+        drafting = replace(layout, gpu_layers=all_layers, cpu_moe_layers=0)
+        context = draft_sized(layout.context_size)
+        drafts = _estimate(lay_out(draft, loaded.draft_options, drafting, context))
+        options = replace(loaded.options, draft=drafts)
+        return _estimate(lay_out(loaded.metadata, options, layout, sized(layout.context_size)))
+
+    return predict
+
+
+def _sized(metadata: ModelMetadata, options: EstimateOptions) -> Callable[[int], InContext]:
+    # placing asks for many splits of one context
+    return lru_cache(maxsize=64)(partial(in_context, metadata, options))
 
 
 def make_need(
-    metadata: ModelMetadata,
-    options: EstimateOptions,
+    loaded: Loaded,
     *,
     context_size: int | None,
     correct: Callable[[Estimate], Estimate] = lambda predicted: predicted,
@@ -81,20 +122,14 @@ def make_need(
 
     context_size: tokens, all slots together; None = as many as fit.
     """
-    # placing asks for many splits of one context
-    sized = lru_cache(maxsize=64)(partial(in_context, metadata, options))
-
-    def corrected(layout: Layout) -> Estimate:
-        laid = lay_out(metadata, options, layout, sized(layout.context_size))
-        return correct(_estimate(laid))
-
+    metadata, predict = loaded.metadata, predictor(loaded)
     moe_layers = sum(1 for layer in metadata.layers if layer.expert_bytes)
     return Need(
         layer_count=metadata.layer_count + 1,
         moe_layer_count=moe_layers,
         context_size=None if context_size is None else clamped_context(metadata, context_size),
         max_context_size=clamped_context(metadata, 0),
-        estimate=corrected,
+        estimate=lambda layout: correct(predict(layout)),
     )
 
 
@@ -140,10 +175,16 @@ def _compute_bytes(laid: LaidOut) -> list[int]:
 
 def _graph_bytes(laid: LaidOut) -> int:
     """Return the compute buffer of one device that runs the whole graph by itself."""
-    if laid.metadata.unknown is None:
-        return device_bytes(laid.metadata, laid.graph)
-    both = (device_bytes(laid.metadata, replace(laid.graph, flash=f)) for f in (True, False))
-    return int(max(both) * _UNKNOWN_FACTOR)
+    metadata = laid.metadata
+    if metadata.unknown is not None:
+        both = (device_bytes(metadata, replace(laid.graph, flash=f)) for f in (True, False))
+        return int(max(both) * _UNKNOWN_FACTOR)
+    alone = device_bytes(metadata, laid.graph)
+    if not laid.options.unmodelled:
+        return alone
+    # weights moved to the host by hand are copied back for large batches, one tensor at a time
+    largest = max(layer.largest_bytes for layer in (*metadata.layers, metadata.output))
+    return int(alone * _UNKNOWN_FACTOR) + largest
 
 
 def _pipeline_bytes(laid: LaidOut, *, first: bool) -> int:
@@ -163,9 +204,14 @@ def _pipeline_bytes(laid: LaidOut, *, first: bool) -> int:
 def _with_companions(
     options: EstimateOptions, devices: tuple[DeviceBytes, ...], host: DeviceBytes
 ) -> tuple[tuple[DeviceBytes, ...], DeviceBytes]:
-    """Add the projector and the draft model, which the server loads beside the model."""
-    projector = DeviceBytes(weights_bytes=options.projector_bytes)
-    if devices:
+    """Add adapters, the projector and the draft model, which are loaded beside the model."""
+    if options.adapter_bytes:
+        adapters = DeviceBytes(weights_bytes=options.adapter_bytes)
+        devices, host = tuple(_sum(device, adapters) for device in devices), _sum(host, adapters)
+    projector = DeviceBytes(
+        weights_bytes=options.projector_bytes, compute_bytes=options.projector_compute_bytes
+    )
+    if devices and options.projector_offload:
         devices = (_sum(devices[0], projector), *devices[1:])
     else:
         host = _sum(host, projector)

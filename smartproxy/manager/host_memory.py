@@ -92,5 +92,6 @@ def _output_bytes(laid: LaidOut) -> int:
     """Return the buffer of logits (and embeddings) that the server reads results from."""
     metadata = laid.metadata
     if not laid.options.embeddings:
-        return _F32 * laid.shape.slots * metadata.vocabulary_size
+        outputs = laid.shape.slots * (1 + laid.options.draft_tokens)
+        return _F32 * outputs * metadata.vocabulary_size
     return _F32 * laid.options.batch * (metadata.vocabulary_size + metadata.embedding_length)

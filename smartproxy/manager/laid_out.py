@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from smartproxy.manager.compute_buffer import Graph, has_flash_kernel
 from smartproxy.manager.kv_cache import (
@@ -105,6 +105,25 @@ def resolved_flash_attn(metadata: ModelMetadata, options: EstimateOptions) -> bo
     return options.flash_attn is FlashAttention.ON
 
 
+def _outputs(options: EstimateOptions, shape: CacheShape) -> int:
+    """Return rows of logits: one per slot, and one per token that was drafted for it.
+
+    Source: server-context.cpp (n_outputs_max); b10068 prints 8 for 2 slots that draft 3 tokens.
+    """
+    return shape.slots * (1 + options.draft_tokens)
+
+
+def with_flash_attn_resolved(metadata: ModelMetadata, options: EstimateOptions) -> EstimateOptions:
+    """Return options that say on or off, so that the server need not decide for itself.
+
+    "auto" stays for architectures that the tables don't know: they are charged for both.
+    """
+    if metadata.unknown is not None:
+        return options
+    on = resolved_flash_attn(metadata, options)
+    return replace(options, flash_attn=FlashAttention.ON if on else FlashAttention.OFF)
+
+
 def _graph(
     metadata: ModelMetadata,
     options: EstimateOptions,
@@ -121,6 +140,6 @@ def _graph(
         full_cells=shape.cells if cached else 0,
         sliding_cells=shape.sliding_cells if any(slides) else 0,
         scratch_bytes=max((cache.scratch_bytes for cache in caches), default=0),
-        outputs=shape.tokens if options.embeddings else min(shape.tokens, shape.slots),
+        outputs=shape.tokens if options.embeddings else min(shape.tokens, _outputs(options, shape)),
         mixed_cache_types=options.cache_type_k != options.cache_type_v,
     )

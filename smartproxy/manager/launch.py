@@ -1,7 +1,8 @@
 """A placement as a command line and an environment. Pure; nothing is started here.
 
-Every default of llama-server that costs memory is spelled out, so that the estimate and the server
-speak of the same thing, and `--fit off` keeps the server from changing the plan.
+Every default of llama-server that costs memory is spelled out, from the same options that the
+estimate was made of, so that both speak of the same thing; `--fit off` keeps the server from
+changing the plan. Extra arguments that say such a thing are in those options, and not repeated.
 """
 
 from __future__ import annotations
@@ -12,42 +13,73 @@ from pathlib import Path
 from smartproxy.catalog import ModelSpec
 from smartproxy.lifetime import OWNER_VARIABLE
 from smartproxy.manager.binary import Binary, child_environment
-from smartproxy.types import Placement
-
-BATCH_SIZE = 2048
-UBATCH_SIZE = 512
-#: at 4 llama-server prints its buffers, from which estimates learn; prompts are not printed
-LOG_VERBOSITY = 4
+from smartproxy.manager.estimate import Loaded
+from smartproxy.manager.extra_args import ExtraArgs, read_args
+from smartproxy.types import EstimateOptions, Placement
 
 
-def command(binary: Binary, spec: ModelSpec, placement: Placement, port: int) -> list[str]:
+def command(
+    binary: Binary, spec: ModelSpec, placement: Placement, *, port: int, loaded: Loaded
+) -> list[str]:
     """Return argv for a model in a placement on a port of the loopback interface."""
-    layout = placement.layout
+    layout, extra = placement.layout, read_args(spec.args)
     assert spec.path is not None  # a model without a file never gets a placement
-    flags: list[str | None] = [
+    flags: list[str] = [
         *("--model", str(spec.path), "--alias", spec.id),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--ctx-size", str(layout.context_size), "--parallel", str(spec.parallel)),
         "--kv-unified" if spec.kv_unified else "--no-kv-unified",
-        *("--batch-size", str(BATCH_SIZE), "--ubatch-size", str(UBATCH_SIZE)),
-        *("--cache-type-k", spec.cache_type_k, "--cache-type-v", spec.cache_type_v),
-        *("--flash-attn", "auto", "--metrics"),
+        *_memory_flags(loaded.options),
+        *_device_flags(placement),
     ]
-    flags += _device_flags(placement)
     if layout.cpu_moe_layers:
         flags += ["--n-cpu-moe", str(layout.cpu_moe_layers)]
     if spec.embeddings:
         flags += ["--embedding"]
-    if spec.mmproj:
+    if spec.mmproj and extra.projector:
         flags += ["--mmproj", str(spec.mmproj)]
-    if spec.draft_model:
-        flags += ["--model-draft", str(spec.draft_model)]
+        flags += [] if extra.projector_offload else ["--no-mmproj-offload"]
+    flags += _draft_flags(binary, spec, placement, (loaded, extra))
     # what older builds don't know is left out: they behave that way without being told
     flags += _if_known(binary, "--fit", "off")
     flags += _if_known(binary, "--offline")
     flags += _if_known(binary, "--slots")
-    flags += ["--log-verbosity", str(LOG_VERBOSITY)]
-    return [str(binary.path), *(flag for flag in flags if flag is not None), *spec.args]
+    flags += ["--metrics"]
+    if binary.trace_verbosity is not None:
+        # it prints its buffers then, from which estimates learn; prompts are not printed
+        flags += ["--log-verbosity", str(binary.trace_verbosity)]
+    return [str(binary.path), *flags, *extra.rest]
+
+
+def _memory_flags(options: EstimateOptions) -> list[str]:
+    flags = ["--batch-size", str(options.batch), "--ubatch-size", str(options.ubatch)]
+    flags += ["--cache-type-k", options.cache_type_k, "--cache-type-v", options.cache_type_v]
+    flags += ["--flash-attn", options.flash_attn.value]
+    if options.swa_full:
+        flags += ["--swa-full"]
+    if not options.kv_offload:
+        flags += ["--no-kv-offload"]
+    return flags
+
+
+def _draft_flags(
+    binary: Binary, spec: ModelSpec, placement: Placement, said: tuple[Loaded, ExtraArgs]
+) -> list[str]:
+    """Return the draft model's flags: all its layers over the same GPUs, or none on any."""
+    loaded, extra = said
+    if loaded.draft is None:
+        return []
+    options, on_gpus = loaded.draft_options, bool(placement.gpus)
+    flags = ["--model-draft", str(spec.draft_model)]
+    flags += ["--gpu-layers-draft", str(loaded.draft.layer_count + 1 if on_gpus else 0)]
+    if not on_gpus:
+        flags += ["--device-draft", "none"]
+    flags += _if_known(binary, "--cache-type-k-draft", options.cache_type_k)
+    flags += _if_known(binary, "--cache-type-v-draft", options.cache_type_v)
+    if not extra.chooses_speculation:
+        # b10068 on loads a draft model and never uses it unless told how
+        flags += _if_known(binary, "--spec-type", "draft-simple")
+    return flags
 
 
 def _device_flags(placement: Placement) -> list[str]:

@@ -37,9 +37,14 @@ def read_metadata(path: Path) -> ModelMetadata:
         raise MetadataError(f"{path}: {error}") from None
 
 
+def read_header(path: Path) -> Header:
+    """Return one file's header as it stands; raises MetadataError."""
+    return _read_header(path)[0]
+
+
 def is_projector(path: Path) -> bool:
     """Tell whether a file is a projector (mmproj) and no model; raises MetadataError."""
-    return _read_header(path)[0].keys.get("general.architecture") == "clip"
+    return read_header(path).keys.get("general.architecture") == "clip"
 
 
 def to_json(metadata: ModelMetadata) -> str:

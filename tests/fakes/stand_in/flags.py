@@ -14,6 +14,7 @@ from pathlib import Path
 KNOBS_FLAG = "--fake"
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 _SWITCHES = ("on", "off", "auto", "enabled", "disabled", "true", "false", "0", "1", "-1")
+_LEVELS = ("generic output", "error", "warning", "info", "trace (more info)", "debug")
 _INTEGERS: tuple[str, ...] = (
     "--ctx-size",
     "--port",
@@ -126,6 +127,8 @@ def help_text() -> str:
     for flag in FLAGS:
         head = ", ".join(flag.spellings) + (f" {flag.value}" if flag.value else "")
         lines.append(head if len(head) > 38 else f"{head:<40}(stand-in)")
+        if "--log-verbosity" in flag.spellings:
+            lines += [f"{'':<40} - {level}: {name}" for level, name in enumerate(_LEVELS)]
     lines += ["", "----- stand-in params -----", ""]
     lines.append(
         f"{KNOBS_FLAG + ' KEY=VALUE,...':<40}bad manners, see tests/fakes/stand_in/knobs.py"
