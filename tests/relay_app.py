@@ -17,6 +17,8 @@ import orjson
 from flask import Flask, Response, jsonify, request
 
 from smartproxy.errors import from_code
+from smartproxy.proxy.express import EXTENSION, Express, PlainRequest
+from smartproxy.proxy.http_wire import header_bytes
 from smartproxy.proxy.relay import Grant, Job, hand_over
 
 LOOK_EVERY_S = 0.005
@@ -74,7 +76,7 @@ def create_app() -> Flask:
             model_id=str(request.args.get("model") or fields["model"]),
             method=request.method,
             target=request.environ.get("RAW_URI") or f"/{path}",
-            headers=tuple(request.headers.items()),
+            headers=header_bytes(request.headers.items()),
             body=body,
             stream=fields.get("stream") is True,
             request_timeout_s=request_timeout_s,
@@ -82,4 +84,22 @@ def create_app() -> Flask:
         )
         return hand_over(request.environ, job, broker)
 
+    def decide(plain: PlainRequest, body: bytes) -> Job | None:
+        if not body.startswith(b"{"):
+            return None
+        fields = orjson.loads(body)
+        broker.counts["express"] += 1
+        return Job(
+            model_id=fields["model"],
+            method="POST",
+            target=plain.target.decode(),
+            headers=plain.headers,
+            body=body,
+            stream=fields.get("stream") is True,
+            request_timeout_s=request_timeout_s,
+            sse_wait_comment_after_s=comment_after_s,
+        )
+
+    if "RELAY_TEST_EXPRESS" in os.environ:
+        app.extensions[EXTENSION] = Express(broker=broker, decide=decide)
     return app

@@ -9,6 +9,7 @@ from smartproxy.proxy.http_wire import (
     Framing,
     client_head,
     end_to_end,
+    header_bytes,
     parse_head,
     request_bytes,
 )
@@ -16,7 +17,7 @@ from smartproxy.proxy.http_wire import (
 
 def sent(headers: list[tuple[str, str]], **change: object) -> list[bytes]:
     request = {"method": "POST", "target": "/v1/x?y=%20", "host": "127.0.0.1:9", "api_key": "key"}
-    data = request_bytes(**{**request, "headers": headers, "body": b"{}", **change})  # type: ignore[arg-type]
+    data = request_bytes(**{**request, "headers": header_bytes(headers), "body": b"{}", **change})  # type: ignore[arg-type]
     assert data.endswith(b"\r\n\r\n")
     return data[:-4].split(b"\r\n")
 

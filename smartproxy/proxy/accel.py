@@ -7,6 +7,7 @@ only it reaches (deploy/nginx.conf, docs/datapath.md).
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 from smartproxy.proxy.http_wire import AnswerHead, Framing, target_bytes
@@ -17,19 +18,39 @@ HOLD_S = 2.0
 LOCATION = b"@llama"
 
 
-def nginx_carries(environ: dict[str, Any]) -> bool:
-    """Return whether nginx asked for this request and offers to carry its bytes."""
-    return (
-        environ.get("HTTP_X_SMARTPROXY_DATA_PLANE") == "nginx"
-        and failed_server_id(environ) is None
-        and _on_unix_socket(environ)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a request came, as far as it was nginx that brought it."""
+
+    #: nginx asked for it and offers to carry its bytes
+    nginx_carries: bool = False
+    #: the server that nginx could not reach for this very request
+    failed_server_id: int | None = None
+
+
+DIRECT = Way()
+
+
+def way(*, data_plane: str, retry: str, family: int | None) -> Way:
+    """Return how a request came.
+
+    data_plane, retry: its headers X-Smartproxy-Data-Plane and X-Smartproxy-Retry; family: of the
+    socket it came on.
+    """
+    if family != socket.AF_UNIX:
+        return DIRECT
+    if retry.isdecimal():
+        return Way(failed_server_id=int(retry))
+    return Way(nginx_carries=data_plane == "nginx")
+
+
+def way_of(environ: dict[str, Any]) -> Way:
+    """Return how a WSGI server's request came."""
+    return way(
+        data_plane=environ.get("HTTP_X_SMARTPROXY_DATA_PLANE", ""),
+        retry=environ.get("HTTP_X_SMARTPROXY_RETRY", ""),
+        family=getattr(environ.get("gunicorn.socket"), "family", None),
     )
-
-
-def failed_server_id(environ: dict[str, Any]) -> int | None:
-    """Return the id of the server that nginx could not reach for this very request, if any."""
-    server_id = environ.get("HTTP_X_SMARTPROXY_RETRY", "")
-    return int(server_id) if server_id.isdecimal() and _on_unix_socket(environ) else None
 
 
 def redirect_head(
@@ -52,7 +73,3 @@ def redirect_head(
     return AnswerHead(
         status=200, reason=b"OK", headers=tuple(headers), framing=Framing.LENGTH, length_bytes=0
     )
-
-
-def _on_unix_socket(environ: dict[str, Any]) -> bool:
-    return getattr(environ.get("gunicorn.socket"), "family", None) == socket.AF_UNIX

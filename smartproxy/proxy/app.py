@@ -16,6 +16,7 @@ from smartproxy.errors import (
 )
 from smartproxy.proxy import operations, routes
 from smartproxy.proxy.ensure import Broker
+from smartproxy.proxy.express import EXTENSION
 from smartproxy.settings import Settings
 from smartproxy.state.store import Store
 
@@ -31,7 +32,9 @@ def create_app(settings: Settings) -> Flask:
     catalog = build_catalog(settings)
     store = Store(settings.state_dir / "state.db")
     app.register_blueprint(operations.blueprint(settings, catalog, store))
-    app.register_blueprint(routes.blueprint(settings, catalog, Broker(store, settings)))
+    broker = Broker(store, settings)
+    app.register_blueprint(routes.blueprint(settings, catalog, broker))
+    app.extensions[EXTENSION] = routes.express(settings, catalog, broker)
     _handle_errors(app, settings)
     app.after_request(_open_to_pages)
     return app

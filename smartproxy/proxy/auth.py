@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flask import Request
 
@@ -20,14 +20,17 @@ def check(request: Request, settings: Settings) -> None:
     With admin_keys, /api/ needs one of them. With api_keys, everything else needs one (an admin key
     is good everywhere).
     """
-    path = request.path
+    check_key(request.path, presented_key(request.headers.get), settings)
+
+
+def check_key(path: str, given: str | None, settings: Settings) -> None:
+    """Raise InvalidApiKey unless who presents this key, or none, may use the path."""
     if path.startswith("/api/") and settings.admin_keys:
         wanted: Iterable[str] = settings.admin_keys
     elif settings.api_keys and path not in PUBLIC_PATHS:
         wanted = (*settings.api_keys, *settings.admin_keys)
     else:
         return
-    given = presented_key(request)
     if given is None:
         raise InvalidApiKey("no API key: send `Authorization: Bearer KEY`")
     # every key is compared in constant time, so that answers tell nothing about them
@@ -35,9 +38,12 @@ def check(request: Request, settings: Settings) -> None:
         raise InvalidApiKey("this API key is not valid here")
 
 
-def presented_key(request: Request) -> str | None:
-    """Return the key of a request: Authorization: Bearer, or X-Api-Key as Anthropic clients do."""
-    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+def presented_key(header: Callable[[str, str], str]) -> str | None:
+    """Return the key of a request: Authorization: Bearer, or X-Api-Key as Anthropic clients do.
+
+    header: returns a header's value, or what it is told where there is none.
+    """
+    scheme, _, key = header("Authorization", "").partition(" ")
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()
-    return request.headers.get("X-Api-Key")
+    return header("X-Api-Key", "") or None

@@ -49,7 +49,7 @@ class Job:
     #: path and query as sent upstream
     target: str
     #: as received; what must not reach a server is left out later
-    headers: tuple[tuple[str, str], ...]
+    headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
     #: the body said `"stream": true`
     stream: bool

@@ -80,7 +80,7 @@ def request_bytes(
     *,
     method: str,
     target: str,
-    headers: Iterable[tuple[str, str]],
+    headers: Iterable[tuple[bytes, bytes]],
     host: str,
     api_key: str | None,
     body: bytes,
@@ -95,9 +95,8 @@ def request_bytes(
     if not TOKEN.fullmatch(verb):
         raise ValueError(f"not a method: {method!r}")
     lines = [verb + b" " + target_bytes(target) + b" HTTP/1.1", b"Host: " + host.encode("latin-1")]
-    pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    dropped = one_hop_names(pairs) | REPLACED
-    for name, value in pairs:
+    dropped = one_hop_names(headers) | REPLACED
+    for name, value in headers:
         lowered = name.lower()
         if lowered in dropped or lowered.startswith(INTERNAL_PREFIXES):
             continue
@@ -111,6 +110,11 @@ def request_bytes(
     # keep-alive, so a pooled one may be dead at any time (facts-datapath.md, trap 4).
     lines.append(b"Connection: close\r\n\r\n")
     return b"\r\n".join(lines)
+
+
+def header_bytes(headers: Iterable[tuple[str, str]]) -> tuple[tuple[bytes, bytes], ...]:
+    """Return headers as they are on the wire, from a framework's text."""
+    return tuple((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers)
 
 
 def target_bytes(target: str) -> bytes:

@@ -19,6 +19,7 @@ from werkzeug.datastructures import Headers
 
 from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
 from smartproxy.proxy import accel
+from smartproxy.proxy.accel import Way
 from smartproxy.proxy.clients import EVENT_STREAM_HEAD, Client
 from smartproxy.proxy.exchange import ClientStalled, Exchange, Job, ServerDied
 from smartproxy.proxy.wsgi_client import WsgiClient
@@ -69,7 +70,7 @@ class Broker(Protocol):
 class Ticket(Protocol):
     """A worker's offer to let the relay answer a request on the client's own socket."""
 
-    def take(self, job: Job, broker: Broker, avoid_server_id: int | None) -> None:
+    def take(self, job: Job, broker: Broker, way: Way) -> None:
         """Remember the job; the worker starts it when the application has returned."""
 
 
@@ -79,14 +80,15 @@ def hand_over(environ: dict[str, Any], job: Job, broker: Broker) -> Response:
     Under RelayWorker that is at once, and what it returns is not looked at. Elsewhere this blocks
     until the answer's head is there, and the Response streams its body.
     """
-    avoid_server_id = accel.failed_server_id(environ)
+    way = accel.way_of(environ)
     ticket: Ticket | None = environ.get(TICKET_KEY)
     if ticket is not None:
-        ticket.take(job, broker, avoid_server_id)
+        ticket.take(job, broker, way)
         return Response()
     loop = relay_loop()
     client = WsgiClient(loop.loop)
-    loop.start(Request(job=job, broker=broker, client=client, avoid_server_id=avoid_server_id))
+    way = Way(failed_server_id=way.failed_server_id)  # an iterable can't redirect
+    loop.start(Request(job=job, broker=broker, client=client, way=way))
     status, headers = client.head.result()
     response = Response(client, status=status, direct_passthrough=True)
     response.headers = Headers(headers)  # exactly the server's: no content type of Flask's
@@ -100,10 +102,8 @@ class Request:
     job: Job
     broker: Broker
     client: Client
-    #: nginx could not reach this server: the one retry is already being used
-    avoid_server_id: int | None = None
-    #: nginx can carry the bytes itself
-    nginx_carries: bool = False
+    #: with a server that nginx could not reach, the one retry is already being used
+    way: Way = accel.DIRECT
     _task: asyncio.Task[None] | None = None
     _exchange: Exchange | None = None
     _stop_reason: SmartProxyError | None = None
@@ -121,11 +121,11 @@ class Request:
             self._task.cancel()
 
     async def _answer(self) -> None:
-        avoid_server_id = self.avoid_server_id
+        avoid_server_id = self.way.failed_server_id
         attempts = 2 if avoid_server_id is None else 1
         for attempts_left in reversed(range(attempts)):
             grant = await self._acquire(avoid_server_id)
-            if self.nginx_carries and not self.client.began:
+            if self.way.nginx_carries and not self.client.began:
                 self._redirect(grant)
                 return
             try:

@@ -23,10 +23,10 @@ class SocketClient(Client):
         loop: asyncio.AbstractEventLoop,
         channel: Channel,
         *,
-        http11: bool,
-        head_only: bool,
         keep_alive: bool,
         on_done: Callable[[SocketClient], None],
+        http11: bool = True,
+        head_only: bool = False,
     ) -> None:
         """on_done: called once, when the channel is free again (keep_alive) or is closed."""
         super().__init__()

@@ -1,19 +1,16 @@
 """gunicorn's worker for relaying: one event loop has all sockets, threads only run the application.
 
 The loop (asyncio, main thread) accepts, collects requests, relays and keeps connections alive. A
-collected request is parsed and handled by gunicorn's own code in a thread, or, where the path is
-known to hand its requests over at once, right in the loop. Stands on gunicorn 27's `gthread`
-(handle, handle_request, TConn); its poller and queues stay unused. No TLS and no HTTP/2: that is
-nginx's part.
+collected request of the plainest form is decided on right here (`express`); any other is parsed and
+handled by gunicorn's own code (`handling`) in a thread, or, where the path is known to hand its
+requests over at once, in the loop. gunicorn's poller and queues stay unused. No TLS and no HTTP/2:
+that is nginx's part.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
-import threading
 import time
-from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import datetime
 from functools import partial
@@ -21,14 +18,15 @@ from typing import Any
 
 from gunicorn.errors import ConfigError
 from gunicorn.http import get_parser
-from gunicorn.http.body import LengthReader
-from gunicorn.http.errors import InvalidHeader
-from gunicorn.workers.gthread import TConn, ThreadWorker
+from gunicorn.workers.gthread import TConn
 
 from smartproxy.proxy import accel, relay
 from smartproxy.proxy.channel import HIGH_WATER_BYTES, close_gently
+from smartproxy.proxy.express import MAX_BODY_BYTES as MAX_EXPRESS_BODY_BYTES
+from smartproxy.proxy.express import Express, plain_request
+from smartproxy.proxy.handling import HandlingWorker, RelayTicket
 from smartproxy.proxy.reception import Collected, Outbox, Reception
-from smartproxy.proxy.relay import TICKET_KEY, Broker, Job, Request
+from smartproxy.proxy.relay import Request
 from smartproxy.proxy.socket_client import SocketClient
 
 #: before the end of graceful_timeout (when the master kills) open streams get their final event
@@ -39,38 +37,9 @@ TICK_S = 1.0
 STOPPING_TICK_S = 0.05
 #: requests up to this are handled in the loop where their path hands over; more would hold it up
 MAX_INLINE_BYTES = 131072
-MAX_INLINE_PATHS = 64
-#: for a client to go on with what it is sending, or to read what it is sent, while a thread waits
-STALL_S = 60.0
 
 
-class HandedOver(Exception):
-    """Control flow: leaves gunicorn's response handling without anything written."""
-
-
-class RelayTicket:
-    """One request on one connection, from the application's call to the connection's return."""
-
-    def __init__(self, req: Any) -> None:
-        self.req = req
-        self.started_at = datetime.now()  # noqa: DTZ005  # only its difference is used
-        self.job: Job | None = None
-        self.broker: Broker
-        self.avoid_server_id: int | None = None
-        #: set with the job
-        self.environ: dict[str, Any]
-        #: gunicorn's Response: what it decided about this connection, and what its log reads
-        self.response: Any
-        self.keep_alive = False
-
-    def take(self, job: Job, broker: Broker, avoid_server_id: int | None) -> None:
-        """Called by the application."""
-        self.job = job
-        self.broker = broker
-        self.avoid_server_id = avoid_server_id
-
-
-class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+class RelayWorker(HandlingWorker):
     """ThreadWorker whose open streams, waiting requests and slow clients hold no thread."""
 
     _accepting: bool
@@ -81,22 +50,14 @@ class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             raise ConfigError("RelayWorker speaks plain HTTP/1.1; let nginx do TLS and HTTP/2")
 
     def init_process(self) -> None:
-        self._local = threading.local()
         self._collected = Collected()
         #: waiting for a request, the one that waits longest first
         self._waiting: dict[Reception, None] = {}
-        #: paths whose last request was handed over
-        self._inline_paths: set[str] = set()
         self._stopping_at: float | None = None
         self._ticker: asyncio.TimerHandle | None = None
         self._relay = relay.run_here()
         self._loop = self._relay.loop
         super().init_process()
-
-    def load_wsgi(self) -> None:
-        super().load_wsgi()
-        application = self.wsgi  # type: ignore[has-type]
-        self.wsgi = partial(self._call_application, application)
 
     # --- the worker's life ------------------------------------------------------------------
 
@@ -200,25 +161,50 @@ class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     def _received(self, reception: Reception) -> None:
         """A request is there (or a head whose body must be read from the socket)."""
         self._waiting.pop(reception, None)
-        reception.conn.parser.unreader.unread(reception.head)
         body, head = reception.body, reception.head
-        if body is not None and len(head) + len(body) <= MAX_INLINE_BYTES:
-            target = head.split(b" ", 2)[1:2]
-            if target and target[0].partition(b"?")[0].decode("latin-1") in self._inline_paths:
-                self._handle_here(reception)
+        if body is not None:
+            if self._express and self._try_express(self._express, reception, body):
                 return
+            if len(head) + len(body) <= MAX_INLINE_BYTES:
+                target = head.split(b" ", 2)[1:2]
+                if target and target[0].partition(b"?")[0].decode("latin-1") in self._inline_paths:
+                    self._handle_here(reception)
+                    return
         reception.channel.read(False)
         future = self.tpool.submit(self._handle_in_thread, reception)
         future.add_done_callback(
             lambda done: self._loop.call_soon_threadsafe(self._handled_in_thread, reception, done)
         )
 
+    def _try_express(self, express: Express, reception: Reception, body: bytes) -> bool:
+        """Relay a plain request without gunicorn's parser and the application; false: not one."""
+        if len(body) > MAX_EXPRESS_BODY_BYTES:
+            return False
+        plain = plain_request(reception.head)
+        job = express.decide(plain, body) if plain else None
+        if plain is None or job is None:
+            return False
+        reception.body = None
+        way = accel.way(
+            data_plane=plain.field(b"x-smartproxy-data-plane"),
+            retry=plain.field(b"x-smartproxy-retry"),
+            family=reception.conn.sock.family,
+        )
+        client = SocketClient(
+            self._loop,
+            reception.channel,
+            keep_alive=plain.keep_alive and self.alive and bool(self.cfg.keepalive),
+            on_done=partial(self._relayed, reception),
+        )
+        self._relay.start_here(Request(job=job, broker=express.broker, client=client, way=way))
+        return True
+
     def _handle_here(self, reception: Reception) -> None:
         conn = reception.conn
+        conn.parser.unreader.unread(reception.head)
         sock, conn.sock = conn.sock, Outbox(conn.sock.family)
         try:
-            self._local.reception = reception
-            outcome = self.handle(conn)
+            outcome = self.handle_collected(reception)
         finally:
             outbox, conn.sock = conn.sock, sock
         if outbox.data:
@@ -226,8 +212,8 @@ class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         self._handled(reception, outcome)
 
     def _handle_in_thread(self, reception: Reception) -> Any:
-        self._local.reception = reception
-        outcome = self.handle(reception.conn)
+        reception.conn.parser.unreader.unread(reception.head)
+        outcome = self.handle_collected(reception)
         reception.conn.sock.setblocking(False)
         return outcome
 
@@ -249,51 +235,6 @@ class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             close_gently(self._loop, channel.detach())
             self._forget()
 
-    # --- a request, in a thread or in the loop ----------------------------------------------
-
-    def handle_request(self, req: Any, conn: Any) -> Any:
-        reception: Reception = self._local.reception
-        if reception.body is not None:
-            _give_body(req, reception.body)
-            reception.body = None
-        if not isinstance(conn.sock, Outbox):
-            conn.sock.settimeout(STALL_S)
-        self._local.ticket = ticket = RelayTicket(req)
-        try:
-            return super().handle_request(req, conn)
-        except HandedOver:
-            return ticket
-
-    def _call_application(
-        self,
-        application: Callable[..., Iterable[bytes]],
-        environ: dict[str, Any],
-        start_response: Callable[..., Any],
-    ) -> Iterable[bytes]:
-        ticket: RelayTicket = self._local.ticket
-        environ[TICKET_KEY] = ticket
-        body = application(environ, start_response)
-        if ticket.job is None:
-            self._inline_paths.discard(ticket.req.path)
-            return body
-        if hasattr(body, "close"):
-            body.close()
-        if len(self._inline_paths) < MAX_INLINE_PATHS:
-            self._inline_paths.add(ticket.req.path)
-        ticket.environ = environ
-        ticket.response = start_response.__self__  # type: ignore[attr-defined]
-        ticket.keep_alive = not (ticket.response.must_close or ticket.req.should_close())
-        raise HandedOver
-
-    def _keepalive_after(self, conn: Any, outcome: Any) -> Any:
-        """Whether the connection can be reused: not with an upload in it that nobody read."""
-        if isinstance(conn.parser.mesg.body, io.BytesIO):
-            return outcome
-        if not isinstance(outcome, RelayTicket):
-            return super()._keepalive_after(conn, outcome)
-        outcome.keep_alive = outcome.keep_alive and super()._keepalive_after(conn, True)
-        return outcome
-
     # --- relaying ---------------------------------------------------------------------------
 
     def _start_relay(self, reception: Reception, ticket: RelayTicket) -> None:
@@ -304,38 +245,26 @@ class RelayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             http11=ticket.req.version >= (1, 1),
             head_only=ticket.req.method == "HEAD",
             keep_alive=ticket.keep_alive,
-            on_done=partial(self._relayed, reception, ticket),
+            on_done=partial(self._relayed_ticket, reception, ticket),
         )
         self._relay.start_here(
-            Request(
-                job=ticket.job,
-                broker=ticket.broker,
-                client=client,
-                avoid_server_id=ticket.avoid_server_id,
-                nginx_carries=accel.nginx_carries(ticket.environ),
-            )
+            Request(job=ticket.job, broker=ticket.broker, client=client, way=ticket.way)
         )
 
-    def _relayed(self, reception: Reception, ticket: RelayTicket, client: SocketClient) -> None:
+    def _relayed_ticket(
+        self, reception: Reception, ticket: RelayTicket, client: SocketClient
+    ) -> None:
         if self.log.access_log_enabled:
             response = ticket.response
             response.status = str(client.sent_status or 499)  # nginx's number for one that left
             response.sent = client.sent_body_bytes
             took = datetime.now() - ticket.started_at  # noqa: DTZ005
             self.log.access(response, ticket.req, ticket.environ, took)
+        self._relayed(reception, client)
+
+    def _relayed(self, reception: Reception, client: SocketClient) -> None:
         if client.keep_alive:
             unread = reception.conn.parser.unreader.take_buffered()
             self._wait(reception, unread + client.read_ahead)
         else:
             self._forget()
-
-
-def _give_body(req: Any, body: bytes) -> None:
-    """Let the application read a collected body without gunicorn's copying it piece by piece.
-
-    Raises gunicorn's InvalidHeader where its parser sees another length than we did.
-    """
-    reader = req.body.reader
-    if not isinstance(reader, LengthReader) or reader.length != len(body):
-        raise InvalidHeader("CONTENT-LENGTH", req=req)
-    req.body = io.BytesIO(body)

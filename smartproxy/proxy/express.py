@@ -1,0 +1,91 @@
+"""The short way of a plain request: from its bytes to a job, without a framework in between.
+
+Only what is fully understood goes it: one POST, its head and body complete, headers of the plainest
+form. Everything else, and everything that must be refused, goes gunicorn's and Flask's way, so that
+there is one place that says no. docs/datapath.md has what it saves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from smartproxy.proxy.exchange import Job
+from smartproxy.proxy.relay import Broker
+
+#: where an application keeps its Express, among its `extensions`
+EXTENSION = "smartproxy.express"
+#: gunicorn's limits on lines and their number are looked at for longer ones
+MAX_HEAD_BYTES = 8192
+#: a larger body is parsed in a thread, as it may take milliseconds
+MAX_BODY_BYTES = 1 << 20
+MAX_HEADERS = 64
+
+#: no underscore in a name (CGI takes it for a dash), no line that goes on in the next
+HEAD = re.compile(
+    rb"POST (/[!-~]*) HTTP/1\.1\r\n"
+    rb"((?:[!#$%&'*+\-.^`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)+)\r\n"
+)
+ONCE = frozenset({b"host", b"content-length", b"content-type", b"authorization"})
+#: what changes how the message is to be read
+OTHER_WAY = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"http2-settings"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainRequest:
+    """What there is to know of a POST's head."""
+
+    path: bytes
+    #: path and query
+    target: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    keep_alive: bool
+    #: by lower-case name; of repeated ones the last
+    fields: dict[bytes, bytes]
+
+    def field(self, name: bytes) -> str:
+        """Return a header's value, or nothing (name in lower case)."""
+        return self.fields.get(name, b"").decode("latin-1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Express:
+    """An application's offer to decide on plain requests."""
+
+    broker: Broker
+    #: None: let the application see it in full
+    decide: Callable[[PlainRequest, bytes], Job | None]
+
+
+def plain_request(head: bytes) -> PlainRequest | None:
+    """Return what a head says, or None when it is not of the plainest form."""
+    if len(head) > MAX_HEAD_BYTES:
+        return None
+    match = HEAD.fullmatch(head)
+    if match is None:
+        return None
+    target, lines = match.groups()
+    pieces = lines.split(b"\r\n")[:-1]
+    if len(pieces) > MAX_HEADERS:
+        return None
+    headers = []
+    fields: dict[bytes, bytes] = {}
+    for line in pieces:
+        name, _, value = line.partition(b":")
+        value = value.strip(b" \t")
+        lowered = name.lower()
+        if lowered in OTHER_WAY or (lowered in ONCE and lowered in fields):
+            return None
+        headers.append((name, value))
+        fields[lowered] = value
+    connection = fields.get(b"connection", b"").lower()
+    if b"host" not in fields or connection not in (b"", b"keep-alive", b"close"):
+        return None
+    return PlainRequest(
+        path=target.partition(b"?")[0],
+        target=target,
+        headers=tuple(headers),
+        keep_alive=connection != b"close",
+        fields=fields,
+    )
