@@ -174,7 +174,9 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) 
             logger.exception("tick failed")
             soon = False
         doorbell.watch(manager.children)
-        if b"look" in doorbell.wait(WAITING_TICK_S if soon else IDLE_TICK_S):
+        said = doorbell.wait(WAITING_TICK_S if soon else IDLE_TICK_S)
+        if b"look" in said or manager.look_wanted.is_set():
+            manager.look_wanted.clear()
             scheduler.modify_job("look", next_run_time=_now())
     logger.info("stopping")
     fleet.update_manager(manager.store, {"stopping": 1})

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smartproxy.manager import process
-from smartproxy.manager.bring_up import bring_up, drain, free_port, take_down
+from smartproxy.manager import freed, process
+from smartproxy.manager.bring_down import drain, take_down
+from smartproxy.manager.bring_up import bring_up, free_port
 from smartproxy.manager.core import Manager
 from smartproxy.manager.launch import command
 from smartproxy.manager.loaded import loaded_of, options_key, settings_key
@@ -175,6 +176,7 @@ def notice_exits(manager: Manager, now: float) -> None:
         state = ServerState(row["state"])
         if state not in (ServerState.READY, ServerState.DRAINING) or (child and child.alive()):
             continue
+        freed.note_end(manager, row["id"], now)
         exit_code = child.exit_code() if child else None
         why = process.explain_exit(exit_code, process.tail(Path(row["log_path"])))
         message = f"model '{row['model_id']}': its llama-server {why}"

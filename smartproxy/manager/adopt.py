@@ -16,7 +16,8 @@ import psutil
 from smartproxy.lifetime import OWNER_VARIABLE, owned_processes
 from smartproxy.manager import process
 from smartproxy.manager.act import in_thread
-from smartproxy.manager.bring_up import drain, resume, take_down
+from smartproxy.manager.bring_down import drain, take_down
+from smartproxy.manager.bring_up import resume
 from smartproxy.manager.core import Manager
 from smartproxy.state import fleet
 from smartproxy.state.store import Row

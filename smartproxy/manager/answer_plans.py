@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from smartproxy.errors import SmartProxyError
-from smartproxy.manager import needs, shapes
+from smartproxy.manager import needs, shapes, shortage
 from smartproxy.manager.core import Manager
 from smartproxy.manager.ledger import overhead_bytes
 from smartproxy.manager.plan import explain
@@ -55,7 +55,7 @@ def _as_if_asked(manager: Manager, wish: Demand, now: float) -> WaitingLoad:
         asked_at=now,
         expires_at=now + manager.settings.queue_timeout,
         requests=1,
-        need=needs.need_of(manager, spec),
+        need=shortage.need_of(manager, spec),
         policy=needs.policy_of(manager, spec),
     )
 

@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import requests
 
 from smartproxy.catalog import ModelSpec
 from smartproxy.errors import LoadFailed, LoadTimeout, SmartProxyError
-from smartproxy.manager import process
+from smartproxy.manager import freed, out_of_memory, process, shortage
 from smartproxy.manager.core import Manager
 from smartproxy.manager.launch import command, environment
 from smartproxy.manager.loaded import loaded_of
+from smartproxy.manager.out_of_memory import Lacking
 from smartproxy.manager.process import Child
+from smartproxy.manager.reasons import gb
+from smartproxy.manager.shortage import OutOfGpuMemory
 from smartproxy.state import fleet
+from smartproxy.state.store import Row
 from smartproxy.types import Placement, ServerState
 
 logger = logging.getLogger(__name__)
@@ -34,13 +37,14 @@ PROBE_TIMEOUT_S = 2.0
 #: how often its progress is looked at
 PROGRESS_EVERY_S = 0.5
 PORT_TRIES = 5
-DRAIN_LOOK_EVERY_S = 0.02
 
 
 def bring_up(manager: Manager, server_id: int, spec: ModelSpec, placement: Placement) -> None:
     """Start the server of a row in state starting and carry it to ready or failed."""
     try:
         _start_and_wait(manager, server_id, spec, placement)
+    except OutOfGpuMemory as error:
+        _out_of_memory(manager, server_id, spec, error)
     except SmartProxyError as error:
         _failed(manager, server_id, spec.id, error)
     except OSError as error:
@@ -53,6 +57,8 @@ def resume(manager: Manager, server_id: int, spec: ModelSpec) -> None:
     """Go on waiting for a server that an earlier manager started."""
     try:
         _await_ready(manager, server_id, spec)
+    except OutOfGpuMemory as error:
+        _out_of_memory(manager, server_id, spec, error)
     except SmartProxyError as error:
         _failed(manager, server_id, spec.id, error)
     finally:
@@ -108,10 +114,7 @@ def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
     progress = Progress(child=child, log_path=log_path, at=began)
     while not healthy(row["port"]):
         if not child.alive():
-            log = process.tail(log_path)
-            kind = PortTaken if process.PORT_TAKEN.search(log) else LoadFailed
-            why = process.explain_exit(child.exit_code(), log)
-            raise kind(f"model '{spec.id}' did not load: its llama-server {why} (log: {log_path})")
+            raise _why_ended(manager, row, spec.id, child.exit_code())
         now = time.monotonic()
         _check_deadlines(manager, spec, waited_s=now - began, idle_s=progress.idle_s(now))
         time.sleep(PROBE_EVERY_S)
@@ -126,6 +129,23 @@ def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
         columns={"ready_at": time.time(), "load_s": load_s, "last_used_at": time.time()},
     )
     manager.failures.pop(spec.id, None)
+    shortage.settled(manager, spec.id)
+
+
+def _why_ended(manager: Manager, row: Row, model_id: str, exit_code: int | None) -> LoadFailed:
+    """Return the error of a server that ended before it was ready."""
+    log = process.tail(Path(row["log_path"]))
+    why = process.explain_exit(exit_code, log)
+    message = f"model '{model_id}' did not load: its llama-server {why} (log: {row['log_path']})"
+    if process.PORT_TAKEN.search(log):
+        return PortTaken(message)
+    lacking = out_of_memory.lacking(log)
+    if lacking is Lacking.GPU and fleet.assignments(manager.store).get(row["id"]):
+        return OutOfGpuMemory(message, log)
+    if lacking is Lacking.HOST:
+        needed, free = row["host_estimated_bytes"] or 0, psutil.virtual_memory().available
+        message += f"; main memory: {gb(needed)} estimated, {gb(free)} available now"
+    return LoadFailed(message)
 
 
 def _check_deadlines(manager: Manager, spec: ModelSpec, *, waited_s: float, idle_s: float) -> None:
@@ -206,11 +226,23 @@ def _bindable(port: int) -> bool:
     return True
 
 
+def _out_of_memory(
+    manager: Manager, server_id: int, spec: ModelSpec, error: OutOfGpuMemory
+) -> None:
+    """Have the load tried once more, or carry it to failed with the numbers."""
+    manager.children.pop(server_id, None)
+    freed.note_end(manager, server_id, time.time())
+    if not shortage.try_again(manager, server_id, spec, error):
+        text = f"{error}; {shortage.numbers(manager, server_id)}; it was the second try"
+        _failed(manager, server_id, spec.id, LoadFailed(text))
+
+
 def _failed(manager: Manager, server_id: int, model_id: str, error: SmartProxyError) -> None:
     """Carry a server that would not start to failed; its process, if any, is ended first."""
     child = manager.children.pop(server_id, None)
     if child is not None:
         process.stop(child, grace_s=1.0)
+        freed.note_end(manager, server_id, time.time())
     moved = fleet.transition(
         manager.store,
         server_id,
@@ -226,55 +258,3 @@ def _failed(manager: Manager, server_id: int, model_id: str, error: SmartProxyEr
     )
     if moved:  # else it was being stopped on purpose: no failure
         manager.failed(model_id, error.code, str(error))
-
-
-def drain(manager: Manager, server_id: int) -> None:
-    """Wait until nothing is in flight on a draining server, then end it."""
-    while True:
-        row = next((r for r in fleet.live_servers(manager.store) if r["id"] == server_id), None)
-        if row is None or row["state"] != ServerState.DRAINING:
-            return  # it died, or a full stop took over
-        # leases are ours; what nginx carries only the server itself knows
-        if not row["leased"] and not slots_busy(row["port"], row["api_key"]):
-            break
-        time.sleep(DRAIN_LOOK_EVERY_S)
-    if fleet.transition(
-        manager.store,
-        server_id,
-        ServerState.DRAINING,
-        ServerState.STOPPING,
-        now=time.time(),
-        reason="drained",
-    ):
-        take_down(manager, server_id)
-
-
-def slots_busy(port: int, api_key: str) -> int:
-    """Return how many slots a server is using; 0 when it does not say."""
-    try:
-        answer = requests.get(
-            f"http://127.0.0.1:{port}/slots",
-            headers={"Authorization": f"Bearer {api_key}"},
-            timeout=PROBE_TIMEOUT_S,
-        )
-        return sum(bool(slot.get("is_processing")) for slot in answer.json())
-    except (requests.RequestException, ValueError, AttributeError):
-        return 0
-
-
-def take_down(manager: Manager, server_id: int) -> None:
-    """End the process of a row in state stopping and carry it to stopped."""
-    child = manager.children.get(server_id)
-    began = time.monotonic()
-    said = process.stop(child) if child is not None else "it had no process"
-    fleet.transition(
-        manager.store,
-        server_id,
-        ServerState.STOPPING,
-        ServerState.STOPPED,
-        now=time.time(),
-        reason=f"{said}, {time.monotonic() - began:.2f} s",
-        columns={"exit_code": child.exit_code() if child else None},
-    )
-    manager.children.pop(server_id, None)
-    manager.poke()

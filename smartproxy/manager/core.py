@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +14,12 @@ from smartproxy.manager.binary import Binary
 from smartproxy.manager.process import Child
 from smartproxy.settings import Settings
 from smartproxy.state.store import Store
-from smartproxy.types import GpuSnapshot, Need, Placement
+from smartproxy.types import GpuSnapshot, Need, Placement, RunningServer
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
+#: seconds between two looks at the GPUs that are asked for beside the regular ones
+LOOK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,28 @@ class Failure:
         """Return whether the back-off still runs; it doubles with every failure in a row."""
         pause_s: float = min(FIRST_BACKOFF_S * 2 ** (self.times - 1), LONGEST_BACKOFF_S)
         return now < self.at + pause_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A server whose process has ended, as long as its memory is not back (freed.py)."""
+
+    #: in state stopping, its holds as they were promised
+    server: RunningServer
+    pid: int | None
+    at: float
+    #: by GPU uuid: bytes that will be used and no process's once its memory is back
+    unclaimed_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """A model that ran out of GPU memory while loading (shortage.py)."""
+
+    #: what it needs of each GPU beyond its estimate
+    raised_bytes: int
+    #: a load that died of it is being tried once more
+    trying_again: bool
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,10 +78,25 @@ class Manager:
     #: models to load without being asked; taken out once tried
     preload: set[str] = field(default_factory=set)
     stopping: threading.Event = field(default_factory=threading.Event)
+    #: set: the GPUs are to be looked at now, not when their turn comes
+    look_wanted: threading.Event = field(default_factory=threading.Event)
+    look_asked_at: float = 0.0
+    #: servers whose memory is not back yet, by id
+    ended: dict[int, Ended] = field(default_factory=dict)
+    #: models that ran out of GPU memory while loading
+    shortages: dict[str, Shortage] = field(default_factory=dict)
 
     @property
     def log_dir(self) -> Path:
         return self.settings.state_dir / "logs"
+
+    def look_at_gpus(self) -> None:
+        """Ask for a fresh look at the GPUs; it comes within milliseconds, from its own thread."""
+        now = time.monotonic()
+        if now - self.look_asked_at >= LOOK_EVERY_S:
+            self.look_asked_at = now
+            self.look_wanted.set()
+            self.poke()
 
     def failed(self, model_id: str, code: str, message: str) -> None:
         """Remember a failed load, for the back-off."""

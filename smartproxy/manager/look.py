@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from smartproxy.errors import SmartProxyError
-from smartproxy.manager import needs
+from smartproxy.manager import freed, needs, shortage
 from smartproxy.manager.core import Manager
 from smartproxy.state import demand, fleet
 from smartproxy.state.demand import Demand
@@ -36,7 +36,10 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
     return Snapshot(
         now=now,
         gpus=gpus,
-        servers=tuple(_running(manager, live, gpus or (), demands)),
+        servers=(
+            *_running(manager, live, gpus or (), demands),
+            *freed.still_held(manager, {row["id"] for row in live}, now),
+        ),
         loads=tuple(_waiting(manager, live, demands, now)),
         settings=PlanSettings(
             pool_size=settings.server_pool.size,
@@ -102,7 +105,7 @@ def _waiting(
                 asked_at=asked_at,
                 expires_at=asked_at + manager.settings.queue_timeout,
                 requests=1,
-                need=needs.need_of(manager, spec),
+                need=shortage.need_of(manager, spec),
                 policy=needs.policy_of(manager, spec),
             )
         except SmartProxyError as error:

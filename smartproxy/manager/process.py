@@ -113,13 +113,17 @@ def _signal_group(child: Child, number: int) -> None:
 
 #: in order of how well they explain an end; llama-server's last line seldom does
 TELLING = (
-    re.compile(r"out of memory|failed to allocate|unable to allocate|cudaMalloc failed", re.I),
+    # without pinned memory it only works more slowly
+    re.compile(
+        r"^(?!.*pinned memory).*(?:out of memory|insufficient memory|(?:failed|unable) to allocate"
+        r"|memory allocation of size|cannot allocate memory)",
+        re.I,
+    ),
     re.compile(r"error loading model|invalid argument|error while handling argument", re.I),
     re.compile(r"couldn't bind|CUDA error|GGML_ASSERT|terminate called|unknown model", re.I),
     re.compile(r"^(?:[\d.]+ )?E |\berror\b|\bfailed\b", re.I),
 )
 PREFIX = re.compile(r"^(?:[\d.]+ [A-Z] )?(?:(?:srv|slot|cmn|llama)\s+)?")
-OUT_OF_MEMORY = TELLING[0]
 PORT_TAKEN = re.compile(r"couldn't bind HTTP server socket")
 SIGNALS = {
     signal.SIGILL: "it uses CPU instructions that this machine lacks; install another build",

@@ -1,0 +1,71 @@
+"""End servers in order: wait until nothing is in flight, stop the process, say so. In threads.
+
+Input: a row in state draining or stopping. Output: the row in stopped.
+"""
+
+from __future__ import annotations
+
+import time
+
+import requests
+
+from smartproxy.manager import freed, process
+from smartproxy.manager.core import Manager
+from smartproxy.state import fleet
+from smartproxy.types import ServerState
+
+DRAIN_LOOK_EVERY_S = 0.02
+SLOTS_TIMEOUT_S = 2.0
+
+
+def drain(manager: Manager, server_id: int) -> None:
+    """Wait until nothing is in flight on a draining server, then end it."""
+    while True:
+        row = next((r for r in fleet.live_servers(manager.store) if r["id"] == server_id), None)
+        if row is None or row["state"] != ServerState.DRAINING:
+            return  # it died, or a full stop took over
+        # leases are ours; what nginx carries only the server itself knows
+        if not row["leased"] and not slots_busy(row["port"], row["api_key"]):
+            break
+        time.sleep(DRAIN_LOOK_EVERY_S)
+    if fleet.transition(
+        manager.store,
+        server_id,
+        ServerState.DRAINING,
+        ServerState.STOPPING,
+        now=time.time(),
+        reason="drained",
+    ):
+        take_down(manager, server_id)
+
+
+def slots_busy(port: int, api_key: str) -> int:
+    """Return how many slots a server is using; 0 when it does not say."""
+    try:
+        answer = requests.get(
+            f"http://127.0.0.1:{port}/slots",
+            headers={"Authorization": f"Bearer {api_key}"},
+            timeout=SLOTS_TIMEOUT_S,
+        )
+        return sum(bool(slot.get("is_processing")) for slot in answer.json())
+    except (requests.RequestException, ValueError, AttributeError):
+        return 0
+
+
+def take_down(manager: Manager, server_id: int) -> None:
+    """End the process of a row in state stopping and carry it to stopped."""
+    child = manager.children.get(server_id)
+    began = time.monotonic()
+    said = process.stop(child) if child is not None else "it had no process"
+    freed.note_end(manager, server_id, time.time())
+    fleet.transition(
+        manager.store,
+        server_id,
+        ServerState.STOPPING,
+        ServerState.STOPPED,
+        now=time.time(),
+        reason=f"{said}, {time.monotonic() - began:.2f} s",
+        columns={"exit_code": child.exit_code() if child else None},
+    )
+    manager.children.pop(server_id, None)
+    manager.poke()
