@@ -46,7 +46,11 @@ def _remember(config: Path | None, state_dir: Path | None) -> None:
 
 @cli.command()
 @_where
-@click.option("--host", help="Address to listen on; default: the configuration's, 127.0.0.1.")
+@click.option(
+    "--host",
+    help="Address to listen on, or unix:/path for an nginx in front; default: the configuration's,"
+    " 127.0.0.1.",
+)
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: the configuration's, 8000.")
 def serve(config: Path | None, state_dir: Path | None, host: str | None, port: int | None) -> None:
     """Run everything: the manager and gunicorn under one parent; Ctrl-C stops all."""

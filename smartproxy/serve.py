@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,11 +17,11 @@ from dataclasses import dataclass
 
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import PARENT_VARIABLE
+from smartproxy.listen import UNIX, close, listen
 from smartproxy.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048
 #: a half that lived shorter than this is started again only after a pause
 SHORT_LIFE_S = 3.0
 #: a full stop: streams in flight may finish this long, then servers get TERM, TERM, KILL
@@ -74,9 +73,9 @@ class Half:
 def serve(settings: Settings, host: str, port: int) -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code. Raises ConfigError."""
     problem = settings.port_problem(port)
-    if problem:
+    if problem and not host.startswith(UNIX):
         raise ConfigError(f"--port: {problem}")
-    listener = _listen(host, port)
+    listener, name = listen(host, port)
     settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     env = {
         **os.environ,
@@ -98,13 +97,13 @@ def serve(settings: Settings, host: str, port: int) -> int:
         pass_fds=(listener.fileno(),),
     )
     stop = _Stop()
-    logger.info("serving on http://%s:%d", host, port)
+    logger.info("serving on %s", name)
     code = _keep_running([guard, manager, gunicorn], env, stop)
     # both at once: the manager refuses who waits, and lets servers finish what gunicorn relays
     manager.ask_to_stop()
     gunicorn.ask_to_stop()
     gunicorn.await_end(GUNICORN_STOP_S)
-    listener.close()
+    close(listener)
     manager.await_end(MANAGER_STOP_S)
     os.close(our_end)
     if guard.process is not None:
@@ -124,23 +123,6 @@ class _Stop:
         if self.wanted:
             os.kill(os.getpid(), signal.SIGKILL)
         self.wanted = True
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        raise ConfigError(
-            f"can't listen on {host}:{port}: {error.strerror}; choose another --port"
-        ) from None
-    listener.set_inheritable(True)
-    return listener
 
 
 def _keep_running(halves: list[Half], env: Mapping[str, str], stop: _Stop) -> int:

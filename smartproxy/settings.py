@@ -143,7 +143,7 @@ class Settings(_Section):
     backend: Literal["llama.cpp"] = "llama.cpp"
     """What runs the models."""
     host: Text = "127.0.0.1"
-    """Address that the proxy listens on; --host wins."""
+    """Address that the proxy listens on, or `unix:/path` for an nginx in front; --host wins."""
     port: Port = 8000
     """Port that the proxy listens on; --port wins."""
     models: dict[ModelName, ModelSettings] = {}

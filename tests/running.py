@@ -152,9 +152,11 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def running(folder: Path, models: Mapping[str, Any], **settings: Any) -> Iterator[Proxy]:
+def running(
+    folder: Path, models: Mapping[str, Any], *, kind: type[Proxy] = Proxy, **settings: Any
+) -> Iterator[Proxy]:
     """Run a proxy for the length of a block; prints its log when the block fails."""
-    proxy = Proxy(folder, models, **settings)
+    proxy = kind(folder, models, **settings)
     try:
         yield proxy.start()
     except BaseException:

@@ -103,6 +103,7 @@ def kind_of(module: str) -> str:
         case [
             "cli"
             | "serve"
+            | "listen"
             | "guard"
             | "__main__"
             | "estimate_command"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from typing import Any
 
 from smartproxy.config import load_settings
 from smartproxy.errors import ConfigError
@@ -24,6 +25,8 @@ def _address() -> list[str]:
     except ConfigError as error:
         print(f"gunicorn: {error}", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
+    if settings.host.startswith("unix:"):
+        return [settings.host]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return [f"{host}:{settings.port}"]
 
@@ -66,6 +69,8 @@ limit_request_field_size = 16384
 limit_request_line = 8190
 
 
-def on_starting(_server: object) -> None:
+def on_starting(server: Any) -> None:
     """Have gunicorn's master end with `serve`, however that ends; workers watch the master."""
     die_with_parent()
+    # A socket that was given to us (by `serve`) is not ours to unlink: our successor gets it too.
+    server.systemd = any(isinstance(address, int) for address in server.cfg.address)
