@@ -11,6 +11,7 @@ import click
 from smartproxy.config import load_settings
 from smartproxy.errors import SmartProxyError
 from smartproxy.estimate_command import estimate_command
+from smartproxy.gpus_command import gpus_command
 from smartproxy.log import setup_logging
 from smartproxy.manager.__main__ import main as run_manager
 from smartproxy.plan_command import plan_command
@@ -70,6 +71,7 @@ def manager(config: Path | None, state_dir: Path | None) -> None:
 
 cli.add_command(estimate_command, "estimate")
 cli.add_command(plan_command, "plan")
+cli.add_command(gpus_command, "gpus")
 
 
 def main() -> None:

@@ -63,6 +63,18 @@ class GPUAssignment(_Entity):
     #: taken of each GPU, as NVML shows it
     gpu_measured_bytes: list[Bytes] = []
 
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property
+    @property
+    def tensor_splits(self) -> list[float]:
+        """The previous generation's name."""
+        return self.tensor_split
+
+    @computed_field  # type: ignore[prop-decorator]  # as above
+    @property
+    def n_gpu_layers(self) -> int | None:
+        """The previous generation's name."""
+        return self.gpu_layers
+
     @field_validator("gpu_ids")
     @classmethod
     def _each_once(cls, ids: list[int]) -> list[int]:
@@ -122,6 +134,9 @@ class GPUProcess(_Entity):
     name: str | None = None
     #: None where the driver does not say
     used_memory: Gb | None = None
+    #: one of our servers, and its model
+    ours: bool = False
+    model_id: Name | None = None
 
 
 class GPU(_Entity):

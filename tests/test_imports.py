@@ -59,7 +59,7 @@ TABLE = {
     "state": row("types state", "sqlite_utils"),
     "proxy": row(
         "types config log state proxy lifetime",
-        "flask werkzeug gunicorn requests urllib3 orjson prometheus_client tabulate",
+        "flask werkzeug gunicorn requests urllib3 orjson prometheus_client tabulate yaml",
     ),
     "pure": row("types pure", harmless=True),
     "observe": row("types", "pynvml"),

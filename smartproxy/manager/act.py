@@ -17,7 +17,7 @@ from smartproxy.manager.bring_up import bring_up, free_port
 from smartproxy.manager.core import Manager
 from smartproxy.manager.launch import command
 from smartproxy.manager.loaded import loaded_of, options_key, settings_key
-from smartproxy.state import demand, fleet
+from smartproxy.state import counts, demand, fleet
 from smartproxy.state.demand import Demand
 from smartproxy.types import Decision, Evict, ServerState, Start
 
@@ -113,10 +113,16 @@ def _log_path(manager: Manager, model_id: str, now: float) -> Path:
 
 
 def evict(manager: Manager, eviction: Evict, now: float) -> None:
-    """Drain a victim; it stops when its last request is done."""
+    """Drain a victim; it stops when its last request is done. One that only moves comes back."""
     row = fleet.server(manager.store, eviction.server_id)
-    if row["state"] == ServerState.READY:
-        _drain(manager, eviction.server_id, eviction.reason, now)
+    if row["state"] != ServerState.READY:
+        return
+    if not _drain(manager, eviction.server_id, eviction.reason, now):
+        return
+    if eviction.for_model_id == eviction.model_id:
+        manager.preload.add(eviction.model_id)
+    else:
+        counts.add_eviction(manager.store, eviction.model_id)
 
 
 def unload(manager: Manager, model_id: str, reason: str, now: float) -> None:
@@ -130,16 +136,19 @@ def unload(manager: Manager, model_id: str, reason: str, now: float) -> None:
             stop_starting(manager, row["id"], reason, now)
 
 
-def _drain(manager: Manager, server_id: int, reason: str, now: float) -> None:
-    if fleet.transition(
+def _drain(manager: Manager, server_id: int, reason: str, now: float) -> bool:
+    """Return whether it was ready, and now drains."""
+    moved = fleet.transition(
         manager.store,
         server_id,
         ServerState.READY,
         ServerState.DRAINING,
         now=now,
         reason=reason,
-    ):
+    )
+    if moved:
         in_thread(manager, drain, manager, server_id)
+    return moved
 
 
 def stop_starting(manager: Manager, server_id: int, reason: str, now: float) -> None:

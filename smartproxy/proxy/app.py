@@ -14,7 +14,8 @@ from smartproxy.errors import (
     SmartProxyError,
     openai_body,
 )
-from smartproxy.proxy import operations, routes
+from smartproxy.proxy import monitoring, operations, routes
+from smartproxy.proxy.counting import RequestCounts
 from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.express import EXTENSION
 from smartproxy.settings import Settings
@@ -31,10 +32,11 @@ def create_app(settings: Settings) -> Flask:
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # preflights are answered in routes.py
     catalog = build_catalog(settings)
     store = Store(settings.state_dir / "state.db")
+    counting, broker = RequestCounts(store), Broker(store, settings)
+    app.register_blueprint(monitoring.blueprint(settings, store, counting))
     app.register_blueprint(operations.blueprint(settings, catalog, store))
-    broker = Broker(store, settings)
-    app.register_blueprint(routes.blueprint(settings, catalog, broker))
-    app.extensions[EXTENSION] = routes.express(settings, catalog, broker)
+    app.register_blueprint(routes.blueprint(settings, catalog, broker, counting))
+    app.extensions[EXTENSION] = routes.express(settings, catalog, broker, counting)
     _handle_errors(app, settings)
     app.after_request(_open_to_pages)
     return app

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sqlite3
 import time
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ def ask_manager(store: Store, state_dir: Path, question: Question) -> dict[str, 
     except sqlite3.Error as error:
         raise ManagerDown(f"the state file can't be written: {error}") from None
     try:
-        _poke(state_dir, kind)
+        send_poke(state_dir, kind.encode())
         return _await(store, worker, demand_id, question)
     finally:
         demand.withdraw(store, [demand_id])
@@ -77,9 +76,3 @@ def _await(store: Store, worker: str, demand_id: int, question: Question) -> dic
             demand.renew(store, worker, now=time.time())
             renew_at = now + demand.RENEW_S
         time.sleep(LOOK_EVERY_S)
-
-
-def _poke(state_dir: Path, kind: str) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.setblocking(False)
-        send_poke(sender, state_dir, kind.encode())

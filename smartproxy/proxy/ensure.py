@@ -57,8 +57,6 @@ class Broker:
         #: servers with a lease of ours in the file; a task while it is being written
         self._leases: dict[int, asyncio.Task[bool]] = {}
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
-        self._poke_socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._poke_socket.setblocking(False)
         self._renewing: asyncio.Task[None] | None = None
 
     # --- what the relay uses ---------------------------------------------------------------
@@ -254,17 +252,19 @@ class Broker:
 
     def poke(self, word: bytes) -> None:
         """Wake the manager; a poke that can't be delivered is not needed."""
-        send_poke(self._poke_socket, self._settings.state_dir, word)
+        send_poke(self._settings.state_dir, word)
 
 
-def send_poke(sender: socket.socket, state_dir: Path, word: bytes) -> None:
+def send_poke(state_dir: Path, word: bytes) -> None:
     """Send a word to the manager's socket, by its folder's descriptor: a path may be too long."""
     try:
         folder = os.open(state_dir, os.O_PATH)
     except OSError:
         return
     try:
-        sender.sendto(word, f"/proc/self/fd/{folder}/manager.sock")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            sender.sendto(word, f"/proc/self/fd/{folder}/manager.sock")
     except OSError:
         return  # no manager, or it is awake already
     finally:

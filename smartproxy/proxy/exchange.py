@@ -57,6 +57,8 @@ class Job:
     request_timeout_s: float
     #: until a waiting stream gets its first comment, and between comments
     sse_wait_comment_after_s: float
+    #: told at the end the model and the status its client got; 0: it left before, None: nginx knows
+    on_settled: Callable[[str, int | None], None] | None = None
 
 
 class Exchange:

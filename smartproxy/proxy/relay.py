@@ -107,6 +107,7 @@ class Request:
     _task: asyncio.Task[None] | None = None
     _exchange: Exchange | None = None
     _stop_reason: SmartProxyError | None = None
+    _left_to_nginx: bool = False
 
     def start(self) -> asyncio.Task[None]:
         self._task = asyncio.get_running_loop().create_task(self._answer())
@@ -157,6 +158,7 @@ class Request:
 
     def _redirect(self, grant: Grant) -> None:
         """Leave the bytes to nginx, and hold on until the server counts the request itself."""
+        self._left_to_nginx = True
         self.client.begin(
             accel.redirect_head(
                 server_id=grant.server_id,
@@ -172,6 +174,12 @@ class Request:
         loop.call_later(accel.HOLD_S, self.broker.release, grant)
 
     def _settle(self, task: asyncio.Task[None]) -> None:
+        self._end_client(task)
+        if self.job.on_settled:
+            status = None if self._left_to_nginx else self.client.sent_status
+            self.job.on_settled(self.job.model_id, status)
+
+    def _end_client(self, task: asyncio.Task[None]) -> None:
         """See to it that the client's side ends, however the task did."""
         error: BaseException | None = self._stop_reason
         if not task.cancelled():

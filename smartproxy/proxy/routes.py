@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import orjson
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, g, request
 from werkzeug.formparser import FormDataParser
 
 from smartproxy.catalog import Catalog, ModelSpec
@@ -23,6 +23,7 @@ from smartproxy.errors import (
     SmartProxyError,
 )
 from smartproxy.proxy import auth
+from smartproxy.proxy.counting import RequestCounts
 from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.express import Express, PlainRequest
 from smartproxy.proxy.http_wire import header_bytes
@@ -57,9 +58,17 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 PATH_SAFE = "/:@!$&'()*+,;=-._~"
 
 
-def blueprint(settings: Settings, catalog: Catalog, broker: Broker) -> Blueprint:
+def blueprint(
+    settings: Settings, catalog: Catalog, broker: Broker, counting: RequestCounts
+) -> Blueprint:
     """Return the catch-all; whatever is registered more exactly wins over it."""
     routes = Blueprint("relay", __name__)
+
+    @routes.after_request
+    def count_refused(response: Response) -> Response:
+        if response.status_code >= 400 and not g.get("handed_over"):
+            counting.add("", str(response.status_code))
+        return response
 
     @routes.route("/", defaults={"path": ""}, methods=METHODS, provide_automatic_options=False)
     @routes.route("/<path:path>", methods=METHODS, provide_automatic_options=False)
@@ -85,13 +94,17 @@ def blueprint(settings: Settings, catalog: Catalog, broker: Broker) -> Blueprint
             stream=stream,
             request_timeout_s=settings.request_timeout,
             sse_wait_comment_after_s=settings.sse_wait_comment_after,
+            on_settled=counting.settled,
         )
+        g.handed_over = True
         return hand_over(request.environ, job, broker)
 
     return routes
 
 
-def express(settings: Settings, catalog: Catalog, broker: Broker) -> Express:
+def express(
+    settings: Settings, catalog: Catalog, broker: Broker, counting: RequestCounts
+) -> Express:
     """Return the short way of inference requests: what `relay_any` does where nothing is odd."""
     max_body_bytes = settings.max_body_mb << 20
 
@@ -119,6 +132,7 @@ def express(settings: Settings, catalog: Catalog, broker: Broker) -> Express:
             stream=fields.get("stream") is True,
             request_timeout_s=settings.request_timeout,
             sse_wait_comment_after_s=settings.sse_wait_comment_after,
+            on_settled=counting.settled,
         )
 
     return Express(broker=broker, decide=decide)

@@ -45,9 +45,12 @@ def server(row: Row, shares: list[Row]) -> Server:
     state = ServerState(row["state"])
     measured = row["measured_bytes"]
     split = [float(share) for share in (row["tensor_split"] or "").split(",") if share]
+    parts = [share["measured_bytes"] for share in shares]
     assignment = GPUAssignment(
         gpu_ids=[share["gpu_index"] for share in shares],
         gpu_uuids=[share["gpu_uuid"] for share in shares],
+        gpu_estimated_bytes=[share["estimated_bytes"] for share in shares],
+        gpu_measured_bytes=parts if None not in parts else [],
         estimated_vram_required=(row["estimated_bytes"] or 0) / GIB,
         actual_vram_used=measured / GIB if measured is not None else None,
         tensor_split=split if len(split) == len(shares) else [],
@@ -75,13 +78,18 @@ def pool(store: Store, settings: Settings) -> GPUPoolStatus:
     ):
         models.setdefault(row["gpu_uuid"], []).append(row["model_id"])
     processes: dict[str, list[GPUProcess]] = {}
-    for row in store.read("SELECT * FROM gpu_processes"):
+    for row in store.read(
+        "SELECT p.*, s.model_id FROM gpu_processes p LEFT JOIN servers s ON s.id = p.server_id"
+        " ORDER BY p.pid"
+    ):
         used = row["used_bytes"]
         processes.setdefault(row["gpu_uuid"], []).append(
             GPUProcess(
                 pid=row["pid"],
                 name=row["name"],
                 used_memory=used / GIB if used is not None else None,
+                ours=row["server_id"] is not None,
+                model_id=row["model_id"],
             )
         )
     gpus = [
@@ -97,6 +105,8 @@ def pool(store: Store, settings: Settings) -> GPUPoolStatus:
 
 
 def _gpu(row: Row, models: list[str], processes: list[GPUProcess]) -> GPU:
+    # the file's own state is as of the last look; a model may have been placed since
+    held = GpuState.ASSIGNED if models else GpuState.AVAILABLE
     return GPU(
         id=row["gpu_index"],
         name=row["name"],
@@ -109,10 +119,22 @@ def _gpu(row: Row, models: list[str], processes: list[GPUProcess]) -> GPU:
         assigned_models=models,
         compute_capability=row["compute_capability"],
         uuid=row["uuid"],
-        state=GpuState(row["state"]),
+        state=GpuState.ERROR if row["state"] == GpuState.ERROR else held,
         error=row["error"],
         processes=processes,
     )
+
+
+#: what can be said of the manager without a state file
+UNKNOWN_MANAGER: dict[str, Any] = {
+    "pid": None,
+    "alive": False,
+    "heartbeat_age": None,
+    "started_at": None,
+    "stopping": False,
+    "llama_server": None,
+    "build": None,
+}
 
 
 def manager(store: Store, *, now: float) -> dict[str, Any]:

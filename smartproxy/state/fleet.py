@@ -184,6 +184,15 @@ def assignments(store: Store) -> dict[int, list[Row]]:
     return by_server
 
 
+def reserved_bytes(store: Store) -> dict[str, int]:
+    """Return what live servers are promised of each GPU, by uuid."""
+    rows = store.read(
+        "SELECT a.gpu_uuid, sum(a.reserved_bytes) AS bytes FROM assignments a"
+        f" JOIN servers s ON s.id = a.server_id WHERE s.state IN {LIVE} GROUP BY a.gpu_uuid"
+    )
+    return {row["gpu_uuid"]: row["bytes"] for row in rows}
+
+
 # --- events ----------------------------------------------------------------------------------
 
 

@@ -258,6 +258,62 @@ def first(db: Database) -> None:
         db.execute(statement)
 
 
+COUNTS = (
+    # M: what /metrics counts up, kept over restarts and when servers' rows are pruned
+    """
+    CREATE TABLE counts (
+        -- loads (label: ready, or the error's code), evictions, tokens (prompt, predicted)
+        name TEXT NOT NULL,
+        model_id TEXT NOT NULL DEFAULT '',
+        label TEXT NOT NULL DEFAULT '',
+        value REAL NOT NULL,
+        PRIMARY KEY (name, model_id, label)
+    ) WITHOUT ROWID
+    """,
+    # W: every worker adds what it answered since it last did; '' where no model was found
+    """
+    CREATE TABLE request_counts (
+        model_id TEXT NOT NULL,
+        -- HTTP status; nginx: it carries the bytes, and knows
+        code TEXT NOT NULL,
+        value INTEGER NOT NULL,
+        PRIMARY KEY (model_id, code)
+    ) WITHOUT ROWID
+    """,
+    # triggers, so that no way a load can end is forgotten
+    """
+    CREATE TRIGGER count_loads AFTER UPDATE OF state ON servers
+    WHEN OLD.state = 'starting' AND NEW.state IN ('ready', 'failed')
+    BEGIN
+        INSERT INTO counts (name, model_id, label, value)
+        VALUES ('loads', NEW.model_id,
+                iif(NEW.state = 'ready', 'ready', coalesce(NEW.error_code, 'failed')), 1)
+        ON CONFLICT DO UPDATE SET value = value + 1;
+    END
+    """,
+    # a server's own counters start at 0 with every process
+    """
+    CREATE TRIGGER count_tokens AFTER UPDATE OF predicted_tokens_total, prompt_tokens_total
+    ON servers WHEN NEW.predicted_tokens_total IS NOT NULL
+    BEGIN
+        INSERT INTO counts (name, model_id, label, value)
+        VALUES ('tokens', NEW.model_id, 'predicted',
+                max(0, NEW.predicted_tokens_total - coalesce(OLD.predicted_tokens_total, 0))),
+               ('tokens', NEW.model_id, 'prompt',
+                max(0, NEW.prompt_tokens_total - coalesce(OLD.prompt_tokens_total, 0)))
+        ON CONFLICT DO UPDATE SET value = value + excluded.value;
+    END
+    """,
+)
+
+
+@migrations(name="0002_counts")
+def counts(db: Database) -> None:
+    """Create what /metrics counts with."""
+    for statement in COUNTS:
+        db.execute(statement)
+
+
 def _statements(script: str) -> list[str]:
     """Split DDL at the semicolons that end a line; executescript would commit the transaction."""
     return [part for part in script.split(";\n") if part.strip()]
