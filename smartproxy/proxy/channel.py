@@ -6,10 +6,11 @@ the answer; and this is less work per chunk (docs/datapath.md).
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable
+
+from smartproxy.proxy.poller import READ, WRITE, PollingLoop
 
 READ_BYTES = 65536
 #: above this the other side is not read any further, until LOW_WATER_BYTES are left
@@ -25,11 +26,12 @@ class Channel:
     __slots__ = (
         "_fd",
         "_loop",
+        "_poller",
         "_queue",
-        "_reading",
         "_recv",
         "_send",
         "_unwritable",
+        "_watched",
         "buffered_bytes",
         "closed",
         "on_data",
@@ -41,7 +43,7 @@ class Channel:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        loop: PollingLoop,
         sock: socket.socket,
         on_data: Callable[[bytes], None],
         on_end: Callable[[OSError | None], None],
@@ -52,6 +54,7 @@ class Channel:
         """
         self.sock = sock
         self._loop = loop
+        self._poller = loop.poller
         self._fd = sock.fileno()
         self._recv = sock.recv
         self._send = sock.send
@@ -64,18 +67,15 @@ class Channel:
         self.buffered_bytes = 0
         #: taken by the kernel since the beginning
         self.sent_bytes = 0
-        self._reading = False
+        #: READ, WRITE, both or none
+        self._watched = 0
         self._unwritable = False
         self.closed = False
 
     def read(self, on: bool) -> None:
         """Start or stop reading; stopped, an end is not noticed either."""
-        if on is not self._reading and not self.closed:
-            self._reading = on
-            if on:
-                self._loop.add_reader(self._fd, self._readable)
-            else:
-                self._loop.remove_reader(self._fd)
+        if on is not bool(self._watched & READ) and not self.closed:
+            self._watch(self._watched ^ READ)
 
     def write(self, data: bytes) -> None:
         """Send what the kernel takes and keep the rest; a broken connection is told by on_end."""
@@ -92,7 +92,7 @@ class Channel:
             self.sent_bytes += sent
             if sent == len(data):
                 return
-            self._loop.add_writer(self._fd, self._writable)
+            self._watch(self._watched | WRITE)
             self._queue.append(memoryview(data)[sent:])
             self.buffered_bytes = len(data) - sent
             return
@@ -102,19 +102,25 @@ class Channel:
     def detach(self) -> socket.socket:
         """Stop watching the socket and return it, open."""
         if not self.closed:
-            # only what is registered: the number may be another socket's already
-            self.read(False)
+            if self._watched:
+                self._watch(0)
             self.closed = True
-            if self._queue:
-                self._loop.remove_writer(self._fd)
-                self._queue.clear()
+            self._queue.clear()
         return self.sock
 
     def close(self) -> None:
         """Close the socket at once; what is buffered is lost."""
         self.detach().close()
 
-    def _readable(self) -> None:
+    def _watch(self, wanted: int) -> None:
+        self._poller.watch(self._fd, self, self._watched, wanted)
+        self._watched = wanted
+
+    def readable(self) -> None:
+        """Called by the poller."""
+        if not self._watched & READ:  # an error, told while only writing is waited for
+            self.writable()
+            return
         try:
             data = self._recv(READ_BYTES)
         except BlockingIOError:
@@ -127,7 +133,10 @@ class Channel:
         else:
             self._ended(None)
 
-    def _writable(self) -> None:
+    def writable(self) -> None:
+        """Called by the poller."""
+        if not self._queue:
+            return
         try:
             sent = self._send(self._queue[0])
         except BlockingIOError:
@@ -142,7 +151,7 @@ class Channel:
         else:
             self._queue[0] = self._queue[0][sent:]
         if not self._queue:
-            self._loop.remove_writer(self._fd)
+            self._watch(self._watched & ~WRITE)
         if self.on_drain and self.buffered_bytes <= LOW_WATER_BYTES:
             self.on_drain()
 
@@ -156,11 +165,11 @@ class Channel:
         Told from the loop where nobody reads, since the writer may be in the middle of something.
         """
         if self._queue:
-            self._loop.remove_writer(self._fd)
+            self._watch(self._watched & ~WRITE)
             self._queue.clear()
             self.buffered_bytes = 0
         self._unwritable = True
-        if not self._reading:
+        if not self._watched:
             self._loop.call_soon(self._tell_broken, error)
 
     def _tell_broken(self, error: OSError) -> None:
@@ -168,7 +177,7 @@ class Channel:
             self.on_end(error)
 
 
-def close_gently(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+def close_gently(loop: PollingLoop, sock: socket.socket) -> None:
     """Close a socket once its peer has; closing it with bytes unread would reset the connection.
 
     The peer would then lose what it has not read yet (RFC 9112 9.6). Loop thread; returns at once.

@@ -27,6 +27,7 @@ from smartproxy.proxy.http_wire import (
     parse_head,
     request_bytes,
 )
+from smartproxy.proxy.poller import running_loop
 
 #: up to this a body is joined to its head, which saves a system call; beyond, a copy
 JOIN_BYTES = 65536
@@ -73,7 +74,7 @@ class Exchange:
         self._api_key = api_key
         #: the client was given something of this server's answer
         self.answered = False
-        self._loop = asyncio.get_running_loop()
+        self._loop = running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._channel: Channel | None = None
         self._head = b""

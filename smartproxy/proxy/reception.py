@@ -6,13 +6,13 @@ can be parsed and handled without ever touching the socket. All of it runs in th
 
 from __future__ import annotations
 
-import asyncio
 import re
 import socket
 from collections.abc import Callable
 from typing import Any
 
 from smartproxy.proxy.channel import Channel
+from smartproxy.proxy.poller import PollingLoop
 
 HEAD_END = b"\r\n\r\n"
 MAX_HEAD_BYTES = 65536
@@ -57,7 +57,7 @@ class Reception:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        loop: PollingLoop,
         conn: Any,
         collected: Collected,
         on_request: Callable[[Reception], None],

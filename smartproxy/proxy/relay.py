@@ -22,6 +22,7 @@ from smartproxy.proxy import accel
 from smartproxy.proxy.accel import Way
 from smartproxy.proxy.clients import EVENT_STREAM_HEAD, Client
 from smartproxy.proxy.exchange import ClientStalled, Exchange, Job, ServerDied
+from smartproxy.proxy.poller import PollingLoop
 from smartproxy.proxy.wsgi_client import WsgiClient
 
 __all__ = [
@@ -221,7 +222,7 @@ class RelayLoop:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.loop = asyncio.new_event_loop()
+        self.loop = PollingLoop()
         self._live: set[Request] = set()
 
     def start(self, request: Request) -> None:

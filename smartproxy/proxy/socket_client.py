@@ -8,6 +8,7 @@ from collections.abc import Callable
 from smartproxy.proxy.channel import HIGH_WATER_BYTES, Channel, close_gently
 from smartproxy.proxy.clients import Client
 from smartproxy.proxy.http_wire import AnswerHead, Framing, client_head
+from smartproxy.proxy.poller import PollingLoop
 
 #: of a client's next request, read while it still gets this answer
 MAX_READ_AHEAD_BYTES = 65536
@@ -20,7 +21,7 @@ class SocketClient(Client):
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        loop: PollingLoop,
         channel: Channel,
         *,
         keep_alive: bool,
