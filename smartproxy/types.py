@@ -79,6 +79,8 @@ class Gpu:
     processes: tuple[GpuProcess, ...] = ()
     #: why it can't be read now; None = healthy. The other fields are then the last known.
     error: str | None = None
+    #: in error for good until it comes back: what runs on it is lost, not merely out of sight
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,6 +73,7 @@ def test_two_unequal_cards_are_listed_with_all_that_is_known(
         "mig": False,
         "processes": [],
         "error": None,
+        "lost": False,
     }
 
 
@@ -122,7 +123,7 @@ def test_lost_card_keeps_its_numbers_and_leaves_the_other_alone(
     world.change_gpu(BIG, used_bytes=2 * GIB)
     after = child.gpus()
     assert "lost" in after[SMALL]["error"].lower()
-    assert after[SMALL] == before[SMALL] | {"error": after[SMALL]["error"]}
+    assert after[SMALL] == before[SMALL] | {"error": after[SMALL]["error"], "lost": True}
     assert (after[BIG]["error"], after[BIG]["used_bytes"]) == (None, 2 * GIB)
 
 

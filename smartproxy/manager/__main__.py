@@ -135,10 +135,15 @@ def _serve(manager: Manager, doorbell: Doorbell) -> int:
     watcher = Watcher(manager)
     scheduler = _schedule(manager, watcher)
     try:
-        return _loop(manager, doorbell, scheduler)
+        code = _loop(manager, doorbell, scheduler)
     finally:
         scheduler.shutdown(wait=False)
-        watcher.close()
+        closed = watcher.close()
+    if not closed:
+        logger.warning("a call to NVML hangs: leaving without waiting for it")
+        logging.shutdown()
+        os._exit(code)  # else Python waits for the thread that is in it
+    return code
 
 
 def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
@@ -175,7 +180,9 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) 
             soon = False
         doorbell.watch(manager.children)
         said = doorbell.wait(WAITING_TICK_S if soon else IDLE_TICK_S)
-        if b"look" in said or manager.look_wanted.is_set():
+        if b"look" in said:
+            manager.look_at_gpus()
+        if manager.look_wanted.is_set():
             manager.look_wanted.clear()
             scheduler.modify_job("look", next_run_time=_now())
     logger.info("stopping")

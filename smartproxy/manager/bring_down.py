@@ -52,11 +52,14 @@ def slots_busy(port: int, api_key: str) -> int:
         return 0
 
 
-def take_down(manager: Manager, server_id: int) -> None:
-    """End the process of a row in state stopping and carry it to stopped."""
+def take_down(manager: Manager, server_id: int, grace_s: float = process.TERM_GRACE_S) -> None:
+    """End the process of a row in state stopping and carry it to stopped.
+
+    grace_s: from the first TERM to the second, which ends requests in flight too.
+    """
     child = manager.children.get(server_id)
     began = time.monotonic()
-    said = process.stop(child) if child is not None else "it had no process"
+    said = process.stop(child, grace_s=grace_s) if child is not None else "it had no process"
     freed.note_end(manager, server_id, time.time())
     fleet.transition(
         manager.store,

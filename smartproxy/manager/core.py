@@ -81,6 +81,8 @@ class Manager:
     #: set: the GPUs are to be looked at now, not when their turn comes
     look_wanted: threading.Event = field(default_factory=threading.Event)
     look_asked_at: float = 0.0
+    #: by uuid of a GPU in error: when it was first seen so
+    failing_since: dict[str, float] = field(default_factory=dict)
     #: servers whose memory is not back yet, by id
     ended: dict[int, Ended] = field(default_factory=dict)
     #: models that ran out of GPU memory while loading

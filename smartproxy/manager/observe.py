@@ -11,8 +11,8 @@ for `close` then, the end of the process ends it.
 
 MIG: a GPU in MIG mode is replaced by its slices (`mig`, uuid "MIG-…", index from MIG_INDEX_BASE
 on). CUDA gives a process one slice at most: never split over them.
-Unified memory (Jetson, GB10): NVML knows no memory size; the host's MemTotal and MemAvailable stand
-in, as in llama.cpp (ggml-cuda.cu, ggml_backend_cuda_device_get_memory, integrated devices).
+Unified memory (Jetson, GB10): NVML knows no size; the host's MemTotal and MemAvailable stand in, as
+in llama.cpp (ggml-cuda.cu, ggml_backend_cuda_device_get_memory, integrated devices).
 """
 
 from __future__ import annotations
@@ -33,15 +33,10 @@ from smartproxy.types import Gpu, GpuProcess, GpuSnapshot
 RETRY_S = 10.0
 #: indices of MIG slices: this + 8 * index of their GPU + slice (a GPU has at most 7)
 MIG_INDEX_BASE = 1000
-#: answers that mean the GPU itself is in trouble, whatever was asked
-_TROUBLE = frozenset(
-    {
-        pynvml.NVML_ERROR_GPU_IS_LOST,
-        pynvml.NVML_ERROR_RESET_REQUIRED,
-        pynvml.NVML_ERROR_UNINITIALIZED,
-        pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
-    }
-)
+#: answers that mean that what runs on the GPU is lost
+_LOST = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED})
+#: answers that mean that GPU or driver are in trouble, whatever was asked
+_TROUBLE = _LOST | {pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED}
 T = TypeVar("T")
 
 
@@ -124,7 +119,8 @@ class GpuObserver:
                 if known is None:
                     unread.append(f"GPU {index} can't be read: {error}")
                 else:
-                    gpus[known.uuid] = replace(known, error=str(error), processes=())
+                    lost = _code(error) in _LOST
+                    gpus[known.uuid] = replace(known, error=str(error), lost=lost, processes=())
         self._reason = "; ".join(unread) or None
         return gpus
 
@@ -149,7 +145,9 @@ class GpuObserver:
             if uuid in seen or (gpu.pci_bus_id in whole and (gpu.mig or _sliced(gpu, seen))):
                 continue
             why = self._reason or gpu.error or "NVML no longer lists it: fallen off the bus"
-            missing[uuid] = replace(gpu, error=why, processes=())
+            # while NVML as a whole fails, what runs on the GPU may well go on
+            lost = gpu.lost or self._reason is None
+            missing[uuid] = replace(gpu, error=why, lost=lost, processes=())
         return missing
 
     def _index_of(self, uuid: str, nvml_index: int) -> int:

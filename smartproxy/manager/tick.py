@@ -9,6 +9,7 @@ from __future__ import annotations
 from smartproxy.manager.act import carry_out, notice_exits, unload
 from smartproxy.manager.answer_plans import answer_plans
 from smartproxy.manager.core import Manager
+from smartproxy.manager.failed_gpus import leave_failed_gpus
 from smartproxy.manager.look import idle_too_long, snapshot
 from smartproxy.manager.plan import plan
 from smartproxy.manager.settle import answer_settled
@@ -18,6 +19,7 @@ from smartproxy.state import demand
 def tick(manager: Manager, now: float) -> bool:
     """Make one pass. Returns whether models wait for room, so that the next pass comes soon."""
     notice_exits(manager, now)
+    leave_failed_gpus(manager, now)
     demands = answer_settled(manager, demand.open_demands(manager.store), now)
     for wish in demands:
         if wish.kind == "unload":

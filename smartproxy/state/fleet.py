@@ -5,17 +5,15 @@ Only the manager writes through this module; anybody may read.
 
 from __future__ import annotations
 
-import json
-import logging
 import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smartproxy.errors import StateConflict
+from smartproxy.state import gpus
+from smartproxy.state.events import add_event
 from smartproxy.state.store import Row, Store
 from smartproxy.types import LIVE_STATES, NEXT_STATES, GpuShare, ServerState
-
-logger = logging.getLogger(__name__)
 
 LIVE = "('starting', 'ready', 'draining', 'stopping')"
 #: seconds a failed server stays listed (SPEC 1)
@@ -70,6 +68,7 @@ def insert_server(
             model_id=row["model_id"],
             server_id=server_id,
         )
+        gpus.mark_assigned(connection, server_id, now=now)
         _route_changed(connection)
     return server_id
 
@@ -122,6 +121,7 @@ def transition(
         )
         if after not in LIVE_STATES:
             connection.execute("DELETE FROM leases WHERE server_id = ?", (server_id,))
+            gpus.mark_available(connection, server_id, now=now)
         _route_changed(connection)
     return True
 
@@ -194,34 +194,6 @@ def reserved_bytes(store: Store) -> dict[str, int]:
 
 
 # --- events ----------------------------------------------------------------------------------
-
-
-def add_event(
-    connection: sqlite3.Connection,
-    now: float,
-    kind: str,
-    message: str,
-    *,
-    model_id: str | None = None,
-    server_id: int | None = None,
-    gpu_uuid: str | None = None,
-    data: Mapping[str, Any] | None = None,
-) -> None:
-    """Write an event inside the caller's transaction, and the same line to the log."""
-    connection.execute(
-        "INSERT INTO events (at, kind, model_id, server_id, gpu_uuid, message, data)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (
-            now,
-            kind,
-            model_id,
-            server_id,
-            gpu_uuid,
-            message,
-            json.dumps(dict(data)) if data else None,
-        ),
-    )
-    logger.info("%s", message)
 
 
 def event(store: Store, now: float, kind: str, message: str, **where: Any) -> None:

@@ -1,0 +1,75 @@
+"""End servers whose GPU failed; their models are placed anew on the next request.
+
+A GPU that is lost (fell off the bus, wants a reset) takes its servers with it: they are ended at
+once, requests and all, which costs nothing that was not lost already, and a request that has no
+byte of its answer yet is tried again elsewhere. One that merely can't be read may well go on
+computing: it gets nothing new, and after UNREADABLE_S its servers finish what they have.
+"""
+
+from __future__ import annotations
+
+import time
+
+from smartproxy.manager.act import in_thread, stop_starting, unload
+from smartproxy.manager.bring_down import take_down
+from smartproxy.manager.core import Manager
+from smartproxy.state import fleet
+from smartproxy.state.store import Row
+from smartproxy.types import Gpu, ServerState
+
+#: a driver that has a bad moment unloads nothing: failing looks must be so far apart
+UNREADABLE_S = 5.0
+#: a process on a lost GPU has nothing to finish
+GRACE_S = 0.5
+
+
+def leave_failed_gpus(manager: Manager, now: float) -> None:
+    """End or drain every server that has a part on a GPU in error."""
+    failed = _failed(manager)
+    if not failed:
+        return
+    parts = fleet.assignments(manager.store)
+    for row in fleet.live_servers(manager.store):
+        gpus = [
+            failed[part["gpu_uuid"]]
+            for part in parts.get(row["id"], ())
+            if part["gpu_uuid"] in failed
+        ]
+        if not gpus or row["state"] == ServerState.STOPPING:
+            continue
+        reason = f"gpu {gpus[0].index} failed: {gpus[0].error}"
+        if any(gpu.lost for gpu in gpus):
+            _end(manager, row, reason, now)
+        else:
+            unload(manager, row["model_id"], reason, now)
+
+
+def _failed(manager: Manager) -> dict[str, Gpu]:
+    """Return by uuid the GPUs that are lost, or could not be read for a while."""
+    seen = manager.gpus
+    if seen is None:
+        return {}
+    since = manager.failing_since
+    in_error = {gpu.uuid: gpu for gpu in seen.gpus if gpu.error}
+    for uuid in since.keys() - in_error.keys():
+        del since[uuid]
+    return {
+        uuid: gpu
+        for uuid, gpu in in_error.items()
+        if seen.observed_at - since.setdefault(uuid, seen.observed_at) >= UNREADABLE_S or gpu.lost
+    }
+
+
+def _end(manager: Manager, row: Row, reason: str, now: float) -> None:
+    """Stop a server without waiting for its requests."""
+    state = ServerState(row["state"])
+    if state is ServerState.STARTING:
+        stop_starting(manager, row["id"], reason, now)
+        return
+    store, server_id = manager.store, row["id"]
+    if state is ServerState.READY:
+        fleet.transition(store, server_id, state, ServerState.DRAINING, now=now, reason=reason)
+    if fleet.transition(
+        store, server_id, ServerState.DRAINING, ServerState.STOPPING, now=time.time(), reason=reason
+    ):
+        in_thread(manager, take_down, manager, server_id, GRACE_S)

@@ -1,0 +1,133 @@
+"""The GPUs in the file: as last seen, and their way between available, assigned and error.
+
+available -> assigned and back are written with the server that causes them, in its transaction;
+error, and the way out of it, with the look that saw it. Only the manager writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+
+from smartproxy.state.events import add_event
+from smartproxy.state.store import Row, Store
+from smartproxy.types import LIVE_STATES, Gpu, GpuSnapshot, GpuState
+
+LIVE = "({})".format(", ".join(f"'{state.value}'" for state in sorted(LIVE_STATES)))
+#: GPUs that a live server has a part of
+HELD = (
+    "SELECT a.gpu_uuid FROM assignments a JOIN servers s ON s.id = a.server_id"
+    f" WHERE s.state IN {LIVE}"
+)
+COLUMNS = (
+    *("uuid", "gpu_index", "name", "pci_bus_id", "state", "error", "total_bytes", "free_bytes"),
+    *("used_bytes", "utilization", "temperature_c", "power_w", "compute_capability", "mig"),
+    "state_changed_at",
+)
+UPSERT = (
+    f"INSERT INTO gpus ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+    " ON CONFLICT (uuid) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS[1:])
+)
+
+
+def mark_assigned(connection: sqlite3.Connection, server_id: int, *, now: float) -> None:
+    """Say that GPUs have a server on them; inside the transaction that inserts it."""
+    rows = connection.execute(
+        "SELECT g.*, s.model_id FROM gpus g JOIN assignments a ON a.gpu_uuid = g.uuid"
+        " JOIN servers s ON s.id = a.server_id WHERE s.id = ? AND g.state = 'available'",
+        (server_id,),
+    ).fetchall()
+    for row in rows:
+        reason = f"model '{row['model_id']}' is placed on it"
+        _move(connection, row, GpuState.ASSIGNED, reason, now)
+
+
+def mark_available(connection: sqlite3.Connection, server_id: int, *, now: float) -> None:
+    """Say that GPUs have no server any more; inside the transaction that ends the last one."""
+    rows = connection.execute(
+        "SELECT g.*, s.model_id FROM gpus g JOIN assignments a ON a.gpu_uuid = g.uuid"
+        " JOIN servers s ON s.id = a.server_id WHERE s.id = ? AND g.state = 'assigned'"
+        f" AND g.uuid NOT IN ({HELD})",
+        (server_id,),
+    ).fetchall()
+    for row in rows:
+        _move(connection, row, GpuState.AVAILABLE, f"model '{row['model_id']}' is gone", now)
+
+
+def _move(
+    connection: sqlite3.Connection, row: Row, state: GpuState, reason: str, now: float
+) -> None:
+    connection.execute(
+        "UPDATE gpus SET state = ?, state_changed_at = ? WHERE uuid = ?", (state, now, row["uuid"])
+    )
+    _tell(connection, (row["gpu_index"], row["uuid"]), (row["state"], state, reason), now)
+
+
+def _tell(
+    connection: sqlite3.Connection,
+    gpu: tuple[int, str],
+    change: tuple[str, GpuState, str],
+    now: float,
+) -> None:
+    """Write the event of a transition: before, after, why."""
+    (index, uuid), (before, after, reason) = gpu, change
+    add_event(
+        connection,
+        now,
+        "gpu",
+        f"gpu {index} {before}->{after}: {reason}",
+        gpu_uuid=uuid,
+        data={"from": before, "to": after},
+        level=logging.WARNING if after is GpuState.ERROR else logging.INFO,
+    )
+
+
+def write_snapshot(store: Store, seen: GpuSnapshot, *, now: float) -> None:
+    """Replace what the file says of the GPUs, with an event for every transition."""
+    with store.write() as connection:
+        connection.execute(
+            "UPDATE manager SET mode = ?, mode_reason = ?, driver_version = ?, observed_at = ?"
+            " WHERE id = 1",
+            ("gpu" if seen.gpus else "cpu", seen.reason, seen.driver_version, seen.observed_at),
+        )
+        before = {row["uuid"]: row for row in connection.execute("SELECT * FROM gpus").fetchall()}
+        held = {row["gpu_uuid"] for row in connection.execute(HELD).fetchall()}
+        for gpu in seen.gpus:
+            _write_gpu(connection, gpu, before.pop(gpu.uuid, None), (gpu.uuid in held, now))
+        connection.executemany("DELETE FROM gpus WHERE uuid = ?", [(uuid,) for uuid in before])
+        _write_processes(connection, seen)
+
+
+def _write_gpu(
+    connection: sqlite3.Connection, gpu: Gpu, old: Row | None, at: tuple[bool, float]
+) -> None:
+    held, now = at
+    state = GpuState.ERROR if gpu.error else GpuState.ASSIGNED if held else GpuState.AVAILABLE
+    before = old["state"] if old else "new"
+    if before != state:
+        reason = gpu.error or ("it answers again" if before == GpuState.ERROR else gpu.name)
+        _tell(connection, (gpu.index, gpu.uuid), (before, state, reason), now)
+    connection.execute(
+        UPSERT,
+        (
+            *(gpu.uuid, gpu.index, gpu.name, gpu.pci_bus_id, state, gpu.error),
+            *(gpu.total_bytes, gpu.free_bytes, gpu.used_bytes, gpu.utilization),
+            *(gpu.temperature_c, gpu.power_w, gpu.compute_capability, int(gpu.mig)),
+            old["state_changed_at"] if old and before == state else now,
+        ),
+    )
+
+
+def _write_processes(connection: sqlite3.Connection, seen: GpuSnapshot) -> None:
+    """Write who has memory on which GPU; ours are known by their pid."""
+    connection.execute("DELETE FROM gpu_processes")
+    connection.executemany(
+        "INSERT INTO gpu_processes (gpu_uuid, pid, name, used_bytes, server_id)"
+        f" VALUES (?, ?, ?, ?, (SELECT id FROM servers WHERE pid = ? AND state IN {LIVE}))",
+        [
+            (gpu.uuid, process.pid, process.name, process.used_bytes, process.pid)
+            for gpu in seen.gpus
+            for process in gpu.processes
+        ],
+    )
