@@ -71,5 +71,20 @@ def test_a_buffer_reserved_anew_counts_once() -> None:
     assert mib(measured_buffers(again)[HOST].compute_bytes) == 46.76
 
 
+def test_a_draft_models_context_is_summed_with_the_models_own() -> None:
+    # b10068, SmolLM2 drafting for itself, -np 2 --kv-unified --spec-type draft-simple
+    context = ["0.00.273.135 I llama_context: constructing llama_context", *CPU.splitlines()]
+    drafting = measured_buffers([*context, *context])
+    assert mib(drafting[HOST].compute_bytes) == round(2 * (15.51 + 0.38), 2)
+    assert mib(drafting[HOST].weights_bytes) == 2 * 92.10
+
+
+def test_a_projectors_graph_comes_on_top_of_the_models() -> None:
+    # the name and form of the line are those of llama.cpp's tools/mtmd/clip.cpp
+    line = "0.01.120.001 I alloc_compute_meta:        CPU compute buffer size =    20.00 MiB"
+    measured = measured_buffers([*CPU.splitlines(), line])
+    assert mib(measured[HOST].compute_bytes) == round(15.51 + 0.38 + 20, 2)
+
+
 def test_a_log_without_buffer_lines_gives_nothing() -> None:
     assert measured_buffers(["srv  llama_server: listening on http://127.0.0.1:28911"]) == {}

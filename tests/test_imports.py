@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "smartproxy"
 #: parts of manager that compute and nothing else; whatever of manager they import must be so too
 PURE = (
     *("estimate", "place", "evict", "plan"),
-    *("architectures", "compute_buffer", "buffer_lines"),
+    *("architectures", "compute_buffer", "buffer_lines", "learning", "extra_args"),
 )
 #: parts of manager that read GGUF files; they alone may use gguf
 METADATA = {"metadata", "gguf_header", "model_keys", "tensor_sums"}

@@ -25,7 +25,7 @@ from smartproxy.config import load_settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import die_with_parent, worker_alive
 from smartproxy.log import setup_logging
-from smartproxy.manager import binary, needs
+from smartproxy.manager import binary, needs, record
 from smartproxy.manager.act import stop_all
 from smartproxy.manager.adopt import adopt_all
 from smartproxy.manager.core import Manager
@@ -34,7 +34,7 @@ from smartproxy.manager.poke import Doorbell
 from smartproxy.manager.tick import tick
 from smartproxy.manager.watch import trim_logs, watch
 from smartproxy.settings import Settings
-from smartproxy.state import demand, fleet, store
+from smartproxy.state import demand, fleet, measured, store
 
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
@@ -151,7 +151,14 @@ def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
         job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
     )
     poll_s = manager.settings.gpu_poll_interval
-    scheduler.add_job(watcher.look, "interval", seconds=poll_s, id="look", next_run_time=_now())
+    scheduler.add_job(
+        _look,
+        "interval",
+        [manager, watcher],
+        seconds=poll_s,
+        id="look",
+        next_run_time=_now(),
+    )
     scheduler.add_job(_heartbeat, "interval", [manager], seconds=HEARTBEAT_S)
     scheduler.add_job(watch, "interval", [manager], seconds=2)
     scheduler.add_job(_tidy, "interval", [manager], seconds=60)
@@ -160,6 +167,11 @@ def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     scheduler.start()
     return scheduler
+
+
+def _look(manager: Manager, watcher: Watcher) -> None:
+    watcher.look()
+    record.sample(manager)
 
 
 def _now() -> datetime:
@@ -214,6 +226,7 @@ def _heartbeat(manager: Manager) -> None:
 
 def _tidy(manager: Manager) -> None:
     fleet.prune(manager.store, now=time.time())
+    measured.prune(manager.store)
     trim_logs(manager)
 
 

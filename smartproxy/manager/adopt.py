@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from smartproxy.lifetime import OWNER_VARIABLE, owned_processes
-from smartproxy.manager import process
+from smartproxy.manager import process, record
 from smartproxy.manager.act import in_thread
 from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import resume
@@ -48,6 +48,8 @@ def _go_on(manager: Manager, row: Row) -> None:
     )
     if state == ServerState.STARTING and spec is not None:
         in_thread(manager, resume, manager, row["id"], spec)
+    elif state == ServerState.READY:
+        in_thread(manager, record.after_load, manager, row["id"])
     elif state == ServerState.DRAINING:
         in_thread(manager, drain, manager, row["id"])
     elif state == ServerState.STOPPING:

@@ -17,7 +17,7 @@ import psutil
 
 from smartproxy.catalog import ModelSpec
 from smartproxy.errors import LoadFailed, LoadTimeout, SmartProxyError
-from smartproxy.manager import freed, out_of_memory, process, shortage
+from smartproxy.manager import freed, out_of_memory, process, record, shortage
 from smartproxy.manager.core import Manager
 from smartproxy.manager.launch import command, environment
 from smartproxy.manager.loaded import loaded_of
@@ -49,6 +49,8 @@ def bring_up(manager: Manager, server_id: int, spec: ModelSpec, placement: Place
         _failed(manager, server_id, spec.id, error)
     except OSError as error:
         _failed(manager, server_id, spec.id, LoadFailed(f"model '{spec.id}': {error}"))
+    else:
+        record.after_load(manager, server_id)
     finally:
         manager.poke()
 
@@ -61,6 +63,8 @@ def resume(manager: Manager, server_id: int, spec: ModelSpec) -> None:
         _out_of_memory(manager, server_id, spec, error)
     except SmartProxyError as error:
         _failed(manager, server_id, spec.id, error)
+    else:
+        record.after_load(manager, server_id)
     finally:
         manager.poke()
 

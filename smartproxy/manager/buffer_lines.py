@@ -8,6 +8,10 @@ before them (time stamp, level, function):
     llama_memory_recurrent:      CUDA0 RS buffer size =    55.37 MiB
     sched_reserve: Vulkan_Host compute buffer size =     4.26 MiB
     llama_context:        CPU  output buffer size =     0.19 MiB
+
+A server that drafts has a second context, which begins with a line of its own:
+
+    llama_context: constructing llama_context
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ from smartproxy.types import MIB, DeviceBytes
 HOST = "host"
 
 _LINE = re.compile(
-    r":\s+(?P<buffer>[\w.\[\]:-]+)\s+(?P<part>model|KV|RS|compute|output) buffer size ="
-    r"\s*(?P<mebibytes>\d+(?:\.\d+)?) MiB"
+    r"(?P<who>\w*):\s+(?P<buffer>[\w.\[\]:-]+)\s+(?P<part>model|LoRA|KV|RS|compute|output)"
+    r" buffer size =\s*(?P<mebibytes>\d+(?:\.\d+)?) MiB"
 )
+_NEW_CONTEXT = "constructing llama_context"
 _FIELDS = {
     "model": "weights_bytes",
+    "LoRA": "weights_bytes",
     "KV": "kv_cache_bytes",
     "RS": "recurrent_bytes",
     "compute": "compute_bytes",
@@ -40,24 +46,26 @@ _HOST_BUFFER = re.compile(r"(CPU|BLAS|AMX)(_.*)?|.*_Host")
 def measured_buffers(lines: Iterable[str]) -> Mapping[str, DeviceBytes]:
     """Return bytes by device name ("CUDA0", "RPC0[127.0.0.1:50052]"), and HOST.
 
-    The log rounds to 0.01 MiB. The compute buffer is reserved anew in steps: the last size
+    The log rounds to 0.01 MiB. A context's compute buffer is reserved anew in steps: the last size
     counts; the others are printed once per file, cache or model and add up. Empty where the log
-    has no such lines. Lines of a draft model's load are summed with the model's own.
+    has no such lines. What a draft model and a projector take is summed with the model's own.
     """
     sums: dict[str, dict[str, int]] = {}
-    computes: dict[str, int] = {}
+    computes: dict[tuple[int, str, str], int] = {}
+    contexts = 0
     for line in lines:
+        contexts += _NEW_CONTEXT in line
         match = _LINE.search(line)
         if match is None:
             continue
         size = round(float(match["mebibytes"]) * MIB)
         if match["part"] == "compute":
-            computes[match["buffer"]] = size
+            computes[contexts, match["who"], match["buffer"]] = size
             continue
         parts = sums.setdefault(_device(match["buffer"]), {})
         field = _FIELDS[match["part"]]
         parts[field] = parts.get(field, 0) + size
-    for buffer, size in computes.items():
+    for (_, _, buffer), size in computes.items():
         parts = sums.setdefault(_device(buffer), {})
         parts["compute_bytes"] = parts.get("compute_bytes", 0) + size
     return MappingProxyType({name: DeviceBytes(**parts) for name, parts in sums.items()})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from smartproxy.errors import SmartProxyError
-from smartproxy.manager import freed, needs, shortage
+from smartproxy.manager import freed, lessons, needs, shortage
 from smartproxy.manager.core import Manager
 from smartproxy.state import demand, fleet
 from smartproxy.state.demand import Demand
@@ -49,6 +49,7 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
             min_residency_s=settings.min_residency,
             queue_timeout_s=settings.queue_timeout,
         ),
+        overhead_bytes=lessons.overheads(manager),
     )
 
 

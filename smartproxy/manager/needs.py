@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
+from functools import partial
 
 from smartproxy.catalog import ModelSpec
 from smartproxy.errors import LoadFailed, MetadataError
+from smartproxy.manager import lessons
 from smartproxy.manager.core import Manager
 from smartproxy.manager.estimate import make_need
+from smartproxy.manager.learning import at_least, corrected, overridden
 from smartproxy.manager.loaded import loaded_of, metadata_of
 from smartproxy.types import Layout, ModelMetadata, Need, PlacePolicy
 
@@ -18,7 +22,26 @@ logger = logging.getLogger(__name__)
 def need_of(manager: Manager, spec: ModelSpec) -> Need:
     """Return what a model needs. Raises LoadFailed or MetadataError: why it can't be known."""
     loaded = loaded_of(manager.store, spec)
-    return make_need(loaded, context_size=context_size(spec, loaded.metadata))
+    learned = lessons.learned_of(manager, spec, loaded)
+    plain = make_need(loaded, context_size=context_size(spec, loaded.metadata))
+    if spec.estimated_vram_bytes is None:
+        return replace(plain, estimate=lambda layout: corrected(plain.estimate(layout), learned))
+    whole = _whole(plain)
+    override = partial(
+        overridden,
+        wanted_bytes=spec.estimated_vram_bytes,
+        whole_bytes=plain.estimate(whole).total_bytes,
+    )
+    # what a person says is not lowered, but a server that took more proved it wrong
+    return replace(
+        plain, estimate=lambda layout: at_least(override(plain.estimate(layout)), learned)
+    )
+
+
+def _whole(need: Need) -> Layout:
+    """Return the layout of the whole model on one GPU."""
+    context = need.context_size or need.max_context_size
+    return Layout(tensor_split=(1.0,), gpu_layers=need.layer_count, context_size=context)
 
 
 def context_size(spec: ModelSpec, known: ModelMetadata) -> int | None:
@@ -80,10 +103,8 @@ def _model_row(manager: Manager, spec: ModelSpec) -> dict[str, object]:
     try:
         known = metadata_of(manager.store, spec.path)
         need = need_of(manager, spec)
-        context = need.context_size or need.max_context_size
-        estimate = need.estimate(
-            Layout(tensor_split=(1.0,), gpu_layers=need.layer_count, context_size=context)
-        )
+        layout = _whole(need)
+        estimate = need.estimate(layout)
     except (MetadataError, LoadFailed) as error:
         logger.warning("model '%s' can't be loaded: %s", spec.id, error)
         return {**row, "problem": str(error)}
@@ -94,8 +115,8 @@ def _model_row(manager: Manager, spec: ModelSpec) -> dict[str, object]:
         "quantization": known.quantization,
         "file_bytes": known.file_bytes,
         "trained_context": known.trained_context,
-        "context_size": context,
-        "estimated_bytes": spec.estimated_vram_bytes or estimate.total_bytes,
+        "context_size": layout.context_size,
+        "estimated_bytes": estimate.total_bytes,
         "host_estimated_bytes": estimate.host.total_bytes,
         "confident": int(estimate.confident),
     }

@@ -314,6 +314,75 @@ def counts(db: Database) -> None:
         db.execute(statement)
 
 
+LEARNING = """
+DROP TABLE measurements;
+
+-- M: estimated against measured, one row per load and device; written before the load with what
+-- is expected of it, filled when it is there
+CREATE TABLE measurements (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    at REAL NOT NULL,
+    model_id TEXT NOT NULL,
+    -- NULL: told by llama-fit-params, no server ran
+    server_id INTEGER,
+    build TEXT NOT NULL,
+    -- what the file is; that, build and settings; all that and the layout
+    file_key TEXT NOT NULL,
+    options_key TEXT NOT NULL,
+    settings_key TEXT NOT NULL,
+    -- tensor_split, gpu_layers, context_size, cpu_moe_layers, as JSON
+    layout TEXT NOT NULL,
+    -- a GPU's uuid, or 'host'
+    device TEXT NOT NULL,
+    -- place in the tensor split; -1 = the host
+    device_index INTEGER NOT NULL,
+    -- llama.cpp's buffers by the rules alone
+    predicted_bytes INTEGER NOT NULL,
+    -- what was promised: corrected by earlier measurements, overhead included
+    estimated_bytes INTEGER NOT NULL,
+    -- the part of it that was assumed for the backend
+    overhead_bytes INTEGER NOT NULL,
+    -- the server's own buffer lines
+    buffers_bytes INTEGER,
+    -- the most that NVML showed for its pid; for the host, resident memory
+    process_bytes INTEGER,
+    UNIQUE (server_id, device)
+);
+CREATE INDEX measurements_by_file ON measurements (file_key, build);
+
+-- M: what a server takes of a GPU beside its buffers: the most that was measured
+CREATE TABLE overheads (
+    gpu_uuid TEXT NOT NULL,
+    build TEXT NOT NULL,
+    overhead_bytes INTEGER NOT NULL,
+    -- measured after prompts, which make pools grow
+    warm INTEGER NOT NULL,
+    updated_at REAL NOT NULL,
+    PRIMARY KEY (gpu_uuid, build)
+);
+
+CREATE VIEW accuracy AS
+SELECT datetime(at, 'unixepoch', 'localtime') AS time, model_id AS model, server_id AS server,
+       CASE device WHEN 'host' THEN 'host' ELSE 'gpu ' || device_index END AS device,
+       round(estimated_bytes / 1048576.0, 1) AS estimated_mb,
+       round((CASE device WHEN 'host' THEN buffers_bytes
+                          ELSE coalesce(process_bytes, buffers_bytes + overhead_bytes) END)
+             / 1048576.0, 1) AS measured_mb,
+       round(predicted_bytes / 1048576.0, 2) AS predicted_buffers_mb,
+       round(buffers_bytes / 1048576.0, 2) AS buffers_mb,
+       round((process_bytes - buffers_bytes) / 1048576.0, 1) AS overhead_mb
+FROM measurements WHERE buffers_bytes IS NOT NULL OR process_bytes IS NOT NULL
+ORDER BY id;
+"""
+
+
+@migrations(name="0003_learning")
+def learning(db: Database) -> None:
+    """Keep with a measurement what it is to be compared with; nothing was ever in the old table."""
+    for statement in _statements(LEARNING):
+        db.execute(statement)
+
+
 def _statements(script: str) -> list[str]:
     """Split DDL at the semicolons that end a line; executescript would commit the transaction."""
     return [part for part in script.split(";\n") if part.strip()]

@@ -77,6 +77,12 @@ class Knobs:
     gpu_bytes: str = "0"
     #: taken in so many equal parts over load_s
     gpu_steps: int = 1
+    #: how much of each GPU's part is the backend's own: not in the buffers that the log tells
+    gpu_overhead_bytes: int = 256 << 20
+    #: bytes more of each GPU from the first request on, for good: pools that grow
+    gpu_pool_bytes: int = 0
+    #: the buffers of the host that the log tells; 0 = no such line
+    host_bytes: int = 0
     #: bytes more per request in flight, given back after it
     gpu_request_bytes: int = 0
     #: NVML shows it as used for so long after the end of the process

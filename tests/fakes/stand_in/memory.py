@@ -117,11 +117,11 @@ class GpuMemory:
 
     def request(self, difference: int) -> None:
         """Count a request in or out, with its gpu_request_bytes; raises OutOfMemory."""
-        if not self.knobs.gpu_request_bytes:
+        if not self.knobs.gpu_request_bytes and not self.knobs.gpu_pool_bytes:
             return
         with self._lock:
             self._requests += difference
-            extra = self._requests * self.knobs.gpu_request_bytes
+            extra = self._requests * self.knobs.gpu_request_bytes + self.knobs.gpu_pool_bytes
             self._take([share + extra for share in self.shares()])
 
     def _take(self, wanted: list[int]) -> None:

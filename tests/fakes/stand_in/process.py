@@ -84,13 +84,20 @@ def _pass_time(knobs: Knobs, seconds: float) -> None:
 
 
 def _show_buffers(memory: GpuMemory) -> None:
-    """What -lv 4 tells of the buffers, the model being all there is of them."""
+    """What -lv 4 tells of the buffers: the server's part of each GPU, less the backend's own."""
     log("I", f"load_tensors: offloaded {len(memory.devices) * 31}/31 layers to GPU")
     for device, share in zip(memory.devices, memory.shares(), strict=True):
-        log("I", f"load_tensors: {device.name:>12} model buffer size = {share / MIB:8.2f} MiB")
-        log("I", f"llama_kv_cache: {device.name:>10} KV buffer size = {0:8.2f} MiB")
-        log("I", f"sched_reserve: {device.name:>10} compute buffer size = {0:8.2f} MiB")
-    log("I", f"load_tensors:   CPU_Mapped model buffer size = {1:8.2f} MiB")
+        if not share:
+            continue  # a test that says nothing of memory is told nothing
+        buffers = max(0, share - memory.knobs.gpu_overhead_bytes) / MIB
+        model, cache = round(buffers * 0.8, 2), round(buffers * 0.15, 2)
+        rest = buffers - model - cache
+        log("I", f"load_tensors: {device.name:>12} model buffer size = {model:8.2f} MiB")
+        log("I", f"llama_kv_cache: {device.name:>10} KV buffer size = {cache:8.2f} MiB")
+        log("I", f"sched_reserve: {device.name:>10} compute buffer size = {rest:8.2f} MiB")
+    if memory.knobs.host_bytes:
+        host = memory.knobs.host_bytes / MIB
+        log("I", f"load_tensors:   CPU_Mapped model buffer size = {host:8.2f} MiB")
 
 
 def _fail_as_told(knobs: Knobs, journal: Journal) -> None:

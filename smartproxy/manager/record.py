@@ -1,0 +1,244 @@
+"""Keep what servers were measured to take beside what was expected, and learn from it.
+
+Input: the placement of a load; then the server's own log, NVML's figure for its pid, its resident
+memory. Output: the state file's measurements, overheads and promises (`assignments`). What follows
+from them for the next estimate is in lessons.py. Runs in the threads that start servers and in the
+job that looks at the GPUs; starts and stops nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from smartproxy.catalog import ModelSpec
+from smartproxy.manager.buffer_lines import HOST, measured_buffers
+from smartproxy.manager.core import Manager
+from smartproxy.manager.estimate import Loaded, predictor
+from smartproxy.manager.learning import ROUNDING_BYTES, buffers_of
+from smartproxy.manager.lessons import overheads
+from smartproxy.manager.loaded import file_key, options_key, settings_key
+from smartproxy.state import fleet, measured
+from smartproxy.state.measured import Taken
+from smartproxy.state.store import Row
+from smartproxy.types import MIB, GpuSnapshot, Placement, ServerState
+
+logger = logging.getLogger(__name__)
+
+#: tokens of prompts after which pools have grown: a whole micro-batch
+WARM_TOKENS = 512
+#: of a log: all buffer lines stand at its beginning
+HEAD_BYTES = 8 << 20
+#: changes of resident memory that are worth a write
+HOST_STEP = 1.02
+
+
+# --- before and after a load -----------------------------------------------------------------
+
+
+def expect(
+    manager: Manager, server_id: int, placement: Placement, *, spec: ModelSpec, loaded: Loaded
+) -> None:
+    """Write what a server is expected to take, before it starts."""
+    layout, build = placement.layout, manager.binary.build
+    options = options_key(spec, loaded, build)
+    predicted = buffers_of(predictor(loaded)(layout))
+    devices = [
+        (share.uuid, place, predicted[place], share.bytes, device.overhead_bytes)
+        for place, (share, device) in enumerate(
+            zip(placement.gpus, placement.estimate.devices, strict=True)
+        )
+    ]
+    host_bytes = placement.estimate.host.total_bytes
+    common = {
+        "at": time.time(),
+        "model_id": spec.id,
+        "server_id": server_id,
+        "build": build,
+        "file_key": file_key(spec),
+        "options_key": options,
+        "settings_key": settings_key(options, layout),
+        "layout": json.dumps(asdict(layout)),
+    }
+    names = ("device", "device_index", "predicted_bytes", "estimated_bytes", "overhead_bytes")
+    rows = [*devices, (measured.HOST, -1, predicted[-1], host_bytes, 0)]
+    measured.expect(
+        manager.store, [{**common, **dict(zip(names, row, strict=True))} for row in rows]
+    )
+
+
+def after_load(manager: Manager, server_id: int) -> None:
+    """Write what a server that became ready says of its buffers. Reads its log."""
+    row = fleet.server(manager.store, server_id)
+    expected = measured.of_server(manager.store, server_id)
+    if not expected or expected[-1]["buffers_bytes"] is not None:
+        return  # its row was lost with the state file, or an earlier manager has read its log
+    seen = measured_buffers(_head(Path(row["log_path"])).splitlines())
+    if not seen:
+        logger.warning("server %d: its log tells no buffers: nothing learned from it", server_id)
+        return
+    names = _device_names(row, [name for name in seen if name != HOST])
+    buffers = {
+        part["device"]: seen[name].buffers_bytes
+        for part, name in zip(expected, names, strict=False)
+        if name in seen and part["device"] != measured.HOST
+    }
+    if HOST in seen:
+        buffers[measured.HOST] = seen[HOST].buffers_bytes
+    measured.fill_buffers(manager.store, server_id, buffers, now=time.time())
+    for part in expected:
+        _tell_of_buffers(manager, row, part, buffers.get(part["device"], 0))
+
+
+def _head(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _device_names(row: Row, found: list[str]) -> list[str]:
+    """Return the server's devices in the order of its GPUs: as it was told, or by their number."""
+    argv: list[str] = json.loads(row["command"])
+    if "--device" in argv:
+        return argv[argv.index("--device") + 1].split(",")
+    return sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+
+
+def _tell_of_buffers(manager: Manager, row: Row, part: Row, buffers_bytes: int) -> None:
+    expected = part["estimated_bytes"] - part["overhead_bytes"]
+    if buffers_bytes <= expected + ROUNDING_BYTES:
+        return
+    message = (
+        f"server {row['id']} model={row['model_id']}: its buffers on {_named(part)} take"
+        f" {_mib(buffers_bytes)}, {_mib(expected)} were estimated; its next estimate is raised"
+    )
+    on_host = part["device"] == measured.HOST
+    # memory of the host is not promised to anybody: no harm was done
+    _tell(manager, message, row, part, logging.WARNING if on_host else logging.ERROR)
+
+
+# --- while it runs ---------------------------------------------------------------------------
+
+
+def sample(manager: Manager) -> None:
+    """Compare what live servers hold with what is known of them. Called after every look."""
+    live = [row for row in fleet.live_servers(manager.store) if _settled(row, manager.gpus)]
+    for row in live:
+        _sample_host(manager, row)
+    if manager.gpus is not None and manager.gpus.gpus:
+        promised = fleet.assignments(manager.store)
+        for row in live:
+            _sample_gpus(manager, row, promised.get(row["id"], []))
+        measured.show_overheads(manager.store, overheads(manager))
+
+
+def _settled(row: Row, seen: GpuSnapshot | None) -> bool:
+    """Return whether a server was ready when the GPUs were looked at."""
+    states = (ServerState.READY, ServerState.DRAINING)
+    return bool(row["state"] in states and seen and (row["ready_at"] or 0) <= seen.observed_at)
+
+
+def _sample_host(manager: Manager, row: Row) -> None:
+    try:
+        resident = psutil.Process(row["pid"]).memory_info().rss
+    except psutil.Error:
+        return  # it just ended
+    if resident > HOST_STEP * (row["host_measured_bytes"] or 0):
+        measured.fill_host(manager.store, row["id"], resident)
+
+
+def _sample_gpus(manager: Manager, row: Row, parts: list[Row]) -> None:
+    assert manager.gpus is not None
+    now, warm = time.time(), (row["prompt_tokens_total"] or 0) >= WARM_TOKENS
+    shown = {
+        gpu.uuid: process.used_bytes
+        for gpu in manager.gpus.gpus
+        for process in gpu.processes
+        if process.pid == row["pid"] and gpu.error is None
+    }
+    expected = {part["device"]: part for part in measured.of_server(manager.store, row["id"])}
+    changes = []
+    for part in parts:
+        uuid, before = part["gpu_uuid"], part["measured_bytes"]
+        held = max(before or 0, shown.get(uuid) or 0) or None
+        taken = Taken(
+            server_id=row["id"],
+            gpu_uuid=uuid,
+            measured_bytes=held,
+            reserved_bytes=reservation(part, expected.get(uuid), held, warm=warm),
+        )
+        if (held, taken.reserved_bytes) != (before, part["reserved_bytes"]):
+            changes.append(taken)
+        if held is not None and uuid in expected:
+            _learn_overhead(manager, row, expected[uuid], (held, warm))
+            if held > max(part["estimated_bytes"], before or 0):
+                _tell_of_process(manager, row, expected[uuid], held)
+    if changes:
+        measured.fill_taken(manager.store, changes, now=now)
+
+
+def reservation(part: Row, expected: Row | None, held: int | None, *, warm: bool) -> int:
+    """Return what stays withheld of a GPU for a server; bytes.
+
+    Until prompts made its pools grow, the most of estimate, own buffers and what NVML shows; from
+    then on what NVML was seen to show, the most of it.
+    """
+    if held is not None and warm:
+        return held
+    estimated: int = part["estimated_bytes"]
+    buffers = 0
+    if expected is not None and expected["buffers_bytes"] is not None:
+        buffers = expected["buffers_bytes"] + expected["overhead_bytes"]
+    return max(estimated, buffers, held or 0)
+
+
+def _learn_overhead(manager: Manager, row: Row, part: Row, seen: tuple[int, bool]) -> None:
+    held, warm = seen
+    if part["buffers_bytes"] is None:
+        return
+    store, build = manager.store, part["build"]
+    overhead = max(0, held - part["buffers_bytes"])
+    known = measured.overheads(store, build).get(part["device"])
+    if known and known["overhead_bytes"] >= overhead and known["warm"] >= warm:
+        return
+    measured.learn_overhead(
+        store, part["device"], build, overhead_bytes=overhead, warm=warm, now=time.time()
+    )
+    message = (
+        f"server {row['id']} takes {_mib(overhead)} of {_named(part)} beside its buffers"
+        f" ({_mib(part['overhead_bytes'])} were assumed)"
+    )
+    _tell(manager, message, row, part, logging.INFO)
+
+
+def _tell_of_process(manager: Manager, row: Row, part: Row, held: int) -> None:
+    message = (
+        f"server {row['id']} model={row['model_id']}: NVML shows {_mib(held)} on {_named(part)},"
+        f" {_mib(part['estimated_bytes'])} were estimated; its next estimate is raised"
+    )
+    _tell(manager, message, row, part, logging.ERROR)
+
+
+def _tell(manager: Manager, message: str, row: Row, part: Row, level: int) -> None:
+    gpu_uuid = None if part["device"] == measured.HOST else part["device"]
+    where: dict[str, Any] = {"model_id": row["model_id"], "server_id": row["id"]}
+    fleet.event(
+        manager.store, time.time(), "estimate", message, gpu_uuid=gpu_uuid, level=level, **where
+    )
+
+
+def _named(part: Row) -> str:
+    return "the host" if part["device"] == measured.HOST else str(part["device"])
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / MIB:.1f} MB"
