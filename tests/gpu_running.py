@@ -91,9 +91,8 @@ def gpu_machine(
     settings = {"ctx_size": 2048, "min_residency": 0, "gpu_poll_interval": 0.5, **settings}
     with running(folder, models, env=env, **settings) as proxy:
         seen = len(world.gpus)
-        wait_until(
-            lambda: len(proxy.health()["gpu_pool_status"]["gpu_list"]) == seen, what="GPUs seen"
-        )
+        # not by /health, which has the GPUs looked at anew
+        wait_until(lambda: len(proxy.rows("SELECT 1 FROM gpus")) == seen, what="GPUs seen")
         yield proxy, file
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.gpu_running import GIB, MIB, Card, gpu_machine, model, plan, started, uuid, world_of
-from tests.running import wait_until
+from tests.running import Proxy, wait_until
 
 pytestmark = pytest.mark.servers
 
@@ -170,6 +174,7 @@ def test_memory_that_a_stranger_took_is_noticed_at_the_death_of_the_load(tmp_pat
     world = world_of(Card(gib=10), Card(gib=5))
     # the regular look is far away: what the planner knows is old
     with gpu_machine(tmp_path, world, models, gpu_poll_interval=60) as (proxy, file):
+        wait_until(lambda: looked_s_ago(proxy) > 0.5, what="no look is on its way")
         file.change_gpu(uuid(0), used_bytes=8 * GIB)
         assert proxy.chat("m").status_code == 200
         assert started(proxy, "m").cards() == [uuid(1)]
@@ -177,6 +182,11 @@ def test_memory_that_a_stranger_took_is_noticed_at_the_death_of_the_load(tmp_pat
         assert [row["state"] for row in tries] == ["stopped", "ready"]
         assert "others have taken all but 2.0 GB" in tries[0]["reason"]
         assert proxy.health()["status"] == "ok"
+
+
+def looked_s_ago(proxy: Proxy) -> float:
+    (row,) = proxy.rows("SELECT observed_at FROM manager")
+    return time.time() - float(row["observed_at"])
 
 
 def test_a_model_that_needs_more_than_estimated_gets_it_at_the_second_try(tmp_path: Path) -> None:
@@ -242,3 +252,69 @@ def test_two_models_that_do_not_fit_together_take_turns(tmp_path: Path) -> None:
         assert all(one != other for one, other in pairwise(names))
         assert 2 <= len(names) <= 13
         assert sum(counts) > 5 * len(names)
+
+
+def test_what_was_used_much_stays_even_over_a_restart_of_the_manager(tmp_path: Path) -> None:
+    models = {name: model(tmp_path, name, 5) for name in ("often", "once", "new")}
+    world = world_of(Card(gib=8), Card(gib=8))
+    with gpu_machine(tmp_path, world, models) as (proxy, _), ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: proxy.chat("often").status_code, range(200)))
+        assert answers == [200] * 200
+        assert proxy.chat("once").status_code == 200
+
+        def counted() -> dict[str, int]:
+            rows = proxy.rows("SELECT model_id, requests, tokens FROM uses WHERE tokens > 0")
+            return {row["model_id"]: round(row["requests"]) for row in rows}
+
+        wait_until(lambda: counted().keys() == {"often", "once"}, what="uses counted")
+        assert counted()["often"] > 150
+        assert counted()["once"] <= 1
+        os.kill(proxy.manager_pid(), signal.SIGKILL)
+        # the one used last goes, for it was used but once: its silence soon weighs more
+        wait_until(
+            lambda: [victim["model"] for victim in plan(proxy, "new")["evictions"]] == ["once"],
+            what="the rarely used one would go",
+        )
+        assert proxy.chat("new").status_code == 200
+        assert proxy.states() == {"often": "ready", "once": "stopped", "new": "ready"}
+
+
+def test_a_request_that_nginx_carries_keeps_its_model(tmp_path: Path) -> None:
+    models = {name: model(tmp_path, name, 5) for name in ("old", "new")}
+    with gpu_machine(tmp_path, world_of(Card(gib=8)), models, queue_timeout=2) as (proxy, _):
+        assert proxy.chat("old").status_code == 200
+        (row,) = proxy.rows("SELECT port, api_key FROM servers")
+        # as nginx does: straight to the server, without a lease
+        with requests.post(
+            f"http://127.0.0.1:{row['port']}/v1/chat/completions",
+            headers={"Authorization": f"Bearer {row['api_key']}"},
+            json={"messages": [], "stream": True, "max_tokens": 200, "fake": {"token_s": 0.02}},
+            stream=True,
+            timeout=60,
+        ) as stream:
+            lines = (line for line in stream.iter_lines() if line)
+            assert next(lines).startswith(b"data:")
+            answer = proxy.chat("new")
+            assert answer.json()["error"]["code"] == "gpu_memory_busy"
+            assert list(lines)[-1] == b"data: [DONE]"
+        assert proxy.states() == {"old": "ready"}
+        assert proxy.chat("new").status_code == 200
+
+
+def test_an_event_tells_how_long_its_decision_took(tmp_path: Path) -> None:
+    models = {name: model(tmp_path, name, 5) for name in ("old", "new")}
+    with gpu_machine(tmp_path, world_of(Card(gib=8)), models) as (proxy, _):
+        for name in models:
+            assert proxy.chat(name).status_code == 200
+        rows = proxy.rows("SELECT message, data FROM events WHERE data LIKE '%decision_ms%'")
+        decided = {row["message"].split(" model=")[0]: json.loads(row["data"]) for row in rows}
+        assert decided.keys() == {
+            "server 1 starting",
+            "server 1 ready->draining",
+            "server 2 starting",
+        }
+        assert all(0 < data["decision_ms"] < 1000 for data in decided.values())
+        (row,) = proxy.rows("SELECT decision_s FROM manager")
+        assert row["decision_s"] * 1000 == pytest.approx(
+            decided["server 2 starting"]["decision_ms"], abs=0.001
+        )

@@ -25,7 +25,7 @@ from smartproxy.config import load_settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import die_with_parent, worker_alive
 from smartproxy.log import setup_logging
-from smartproxy.manager import binary, needs, record
+from smartproxy.manager import binary, needs, recent, record
 from smartproxy.manager.act import stop_all
 from smartproxy.manager.adopt import adopt_all
 from smartproxy.manager.core import Manager
@@ -99,6 +99,7 @@ def _run(settings: Settings) -> int:
         binary=binary.inspect(path, library_dir, os.environ),
         threads=ThreadPoolExecutor(max_workers=128, thread_name_prefix="server"),
         poke=doorbell.poke,
+        recent=recent.load(state, time.time()),
         preload={spec.id for spec in catalog.models.values() if spec.preload},
     )
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -8,6 +8,8 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 def carry_out(manager: Manager, decision: Decision, demands: list[Demand], now: float) -> None:
     """Do what the planner decided; every action is written down before it is begun."""
+    if decision.starts or decision.evictions or decision.refusals:
+        fleet.update_manager(manager.store, {"decision_s": manager.decision_s})
     for eviction in decision.evictions:
         evict(manager, eviction, now)
     for start_ in decision.starts:
@@ -61,7 +65,13 @@ def _answer(
         "load",
         f"model '{model_id}' refused to {len(ids)} requests: {code}: {message}",
         model_id=model_id,
+        data=_decided(manager),
     )
+
+
+def _decided(manager: Manager) -> dict[str, float]:
+    """Return what an event says of the decision behind it."""
+    return {"decision_ms": round(manager.decision_s * 1000, 3)}
 
 
 # --- starting --------------------------------------------------------------------------------
@@ -95,7 +105,12 @@ def start(manager: Manager, decided: Start, now: float) -> None:
     }
     try:
         server_id = fleet.insert_server(
-            manager.store, columns, placement.gpus, now=now, reason=placement.reason
+            manager.store,
+            columns,
+            placement.gpus,
+            now=now,
+            reason=placement.reason,
+            data=_decided(manager),
         )
     except sqlite3.IntegrityError as error:
         # an index refused a second live server: the next pass sees the first
@@ -118,7 +133,8 @@ def evict(manager: Manager, eviction: Evict, now: float) -> None:
     row = fleet.server(manager.store, eviction.server_id)
     if row["state"] != ServerState.READY:
         return
-    if not _drain(manager, eviction.server_id, eviction.reason, now):
+    how = Draining(only_if_idle=not eviction.drains_busy, data=_decided(manager))
+    if not _drain(manager, row["id"], eviction.reason, now, how):
         return
     if eviction.for_model_id == eviction.model_id:
         manager.preload.add(eviction.model_id)
@@ -126,18 +142,30 @@ def evict(manager: Manager, eviction: Evict, now: float) -> None:
         counts.add_eviction(manager.store, eviction.model_id)
 
 
-def unload(manager: Manager, model_id: str, reason: str, now: float) -> None:
+def unload(
+    manager: Manager, model_id: str, reason: str, now: float, *, only_if_idle: bool = False
+) -> None:
     """Bring a model's server down in order, whatever state it is in."""
     for row in fleet.live_servers(manager.store):
         if row["model_id"] != model_id:
             continue
         if row["state"] == ServerState.READY:
-            _drain(manager, row["id"], reason, now)
+            _drain(manager, row["id"], reason, now, Draining(only_if_idle=only_if_idle))
         elif row["state"] == ServerState.STARTING:
             stop_starting(manager, row["id"], reason, now)
 
 
-def _drain(manager: Manager, server_id: int, reason: str, now: float) -> bool:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draining:
+    """How a server is drained."""
+
+    #: what turns out to be in use is kept
+    only_if_idle: bool
+    #: for its event
+    data: dict[str, float] | None = None
+
+
+def _drain(manager: Manager, server_id: int, reason: str, now: float, how: Draining) -> bool:
     """Return whether it was ready, and now drains."""
     moved = fleet.transition(
         manager.store,
@@ -146,9 +174,10 @@ def _drain(manager: Manager, server_id: int, reason: str, now: float) -> bool:
         ServerState.DRAINING,
         now=now,
         reason=reason,
+        data=how.data,
     )
     if moved:
-        in_thread(manager, drain, manager, server_id)
+        in_thread(manager, partial(drain, manager, server_id, only_if_idle=how.only_if_idle))
     return moved
 
 
@@ -170,7 +199,7 @@ def in_thread(manager: Manager, work: Callable[..., None], *args: Any) -> None:
         try:
             work(*args)
         except Exception:
-            logger.exception("%s failed", work.__name__)
+            logger.exception("%s failed", work)
             raise
 
     manager.threads.submit(guarded)

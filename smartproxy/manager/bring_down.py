@@ -18,15 +18,22 @@ DRAIN_LOOK_EVERY_S = 0.02
 SLOTS_TIMEOUT_S = 2.0
 
 
-def drain(manager: Manager, server_id: int) -> None:
-    """Wait until nothing is in flight on a draining server, then end it."""
+def drain(manager: Manager, server_id: int, *, only_if_idle: bool = False) -> None:
+    """Wait until nothing is in flight on a draining server, then end it.
+
+    only_if_idle: what turns out to be in use stays; who wanted its place chooses anew.
+    """
     while True:
         row = next((r for r in fleet.live_servers(manager.store) if r["id"] == server_id), None)
         if row is None or row["state"] != ServerState.DRAINING:
             return  # it died, or a full stop took over
         # leases are ours; what nginx carries only the server itself knows
-        if not row["leased"] and not slots_busy(row["port"], row["api_key"]):
+        slots = slots_busy(row["port"], row["api_key"])
+        if not row["leased"] and not slots:
             break
+        if only_if_idle:
+            _keep(manager, server_id, slots)
+            return
         time.sleep(DRAIN_LOOK_EVERY_S)
     if fleet.transition(
         manager.store,
@@ -37,6 +44,21 @@ def drain(manager: Manager, server_id: int) -> None:
         reason="drained",
     ):
         take_down(manager, server_id)
+
+
+def _keep(manager: Manager, server_id: int, slots: int) -> None:
+    """Take a server back that was in use after all; the next decision sees its slots."""
+    now = time.time()
+    fleet.transition(
+        manager.store,
+        server_id,
+        ServerState.DRAINING,
+        ServerState.READY,
+        now=now,
+        reason="kept: it was in use after all",
+        columns={"slots_busy": slots, "watched_at": now, "last_used_at": now},
+    )
+    manager.poke()
 
 
 def slots_busy(port: int, api_key: str) -> int:

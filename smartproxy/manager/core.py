@@ -12,6 +12,7 @@ from pathlib import Path
 from smartproxy.catalog import Catalog
 from smartproxy.manager.binary import Binary
 from smartproxy.manager.process import Child
+from smartproxy.manager.recent import RecentUse
 from smartproxy.settings import Settings
 from smartproxy.state.store import Store
 from smartproxy.types import GpuSnapshot, Need, Placement, RunningServer
@@ -69,6 +70,7 @@ class Manager:
     threads: ThreadPoolExecutor
     #: wakes the main loop
     poke: Callable[[], None]
+    recent: RecentUse
     #: None until looked at once
     gpus: GpuSnapshot | None = None
     children: dict[int, Child] = field(default_factory=dict)
@@ -87,6 +89,8 @@ class Manager:
     ended: dict[int, Ended] = field(default_factory=dict)
     #: models that ran out of GPU memory while loading
     shortages: dict[str, Shortage] = field(default_factory=dict)
+    #: seconds that the last decision took
+    decision_s: float = 0.0
 
     @property
     def log_dir(self) -> Path:

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from smartproxy.errors import SmartProxyError
-from smartproxy.manager import freed, lessons, needs, shortage
+from smartproxy.manager import freed, lessons, needs, recent, shortage
 from smartproxy.manager.core import Manager
 from smartproxy.state import demand, fleet
 from smartproxy.state.demand import Demand
 from smartproxy.state.store import Row
 from smartproxy.types import (
     MIB,
-    Gpu,
     Hold,
     PlanSettings,
     RunningServer,
@@ -31,13 +30,14 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
     that reason here and do not reach the planner.
     """
     live = fleet.live_servers(manager.store)
+    recent.count(manager.store, manager.recent, now)
     gpus = manager.gpus.gpus if manager.gpus else None
     settings = manager.settings
     return Snapshot(
         now=now,
         gpus=gpus,
         servers=(
-            *_running(manager, live, gpus or (), demands),
+            *_running(manager, live, demands, now),
             *freed.still_held(manager, {row["id"] for row in live}, now),
         ),
         loads=tuple(_waiting(manager, live, demands, now)),
@@ -54,8 +54,9 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
 
 
 def _running(
-    manager: Manager, live: list[Row], gpus: tuple[Gpu, ...], demands: list[Demand]
+    manager: Manager, live: list[Row], demands: list[Demand], now: float
 ) -> Iterator[RunningServer]:
+    gpus = manager.gpus.gpus if manager.gpus else ()
     wanted = Counter(wish.model_id for wish in demands if wish.kind == "load")
     promised = fleet.assignments(manager.store) if gpus else {}
     shown = {
@@ -65,6 +66,8 @@ def _running(
     }
     for row in live:
         spec = manager.catalog.models.get(row["model_id"])
+        use = manager.recent.uses.get(row["model_id"])
+        requests, tokens = recent.decayed(use, now) if use else (0.0, 0.0)
         yield RunningServer(
             server_id=row["id"],
             model_id=row["model_id"],
@@ -77,14 +80,25 @@ def _running(
                 for part in promised.get(row["id"], [])
             },
             # who waits for a server that is ready is about to use it
-            busy=row["leased"] + wanted[row["model_id"]],
+            busy=max(row["leased"], slots_busy(row)) + wanted[row["model_id"]],
             pinned=bool(spec and spec.pinned),
             created_at=row["created_at"],
             ready_at=row["ready_at"],
             last_used_at=row["used_at"],
             load_s=row["load_s"] or 0.0,
+            recent_requests=requests,
+            recent_tokens=tokens,
             on_cpu_for_want_of_gpu=bool(row["on_cpu_for_want_of_gpu"]),
         )
+
+
+def slots_busy(row: Row) -> int:
+    """Return how many requests a server has by its own count, as far as that is news.
+
+    What nginx carries has no lease. A count from before the last lease's end is of that lease.
+    """
+    news = row["watched_at"] is not None and row["watched_at"] >= row["used_at"]
+    return int(row["slots_busy"] or 0) if news else 0
 
 
 def _waiting(
@@ -145,6 +159,7 @@ def idle_too_long(
             and spec.ttl_s
             and not spec.pinned
             and not row["leased"]
+            and not slots_busy(row)
             and row["model_id"] not in wanted
             and idle_s > spec.ttl_s
         ):

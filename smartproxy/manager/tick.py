@@ -6,6 +6,8 @@ blocks: starting, draining and stopping run in threads, which move rows and poke
 
 from __future__ import annotations
 
+import time
+
 from smartproxy.manager.act import carry_out, notice_exits, unload
 from smartproxy.manager.answer_plans import answer_plans
 from smartproxy.manager.core import Manager
@@ -25,9 +27,11 @@ def tick(manager: Manager, now: float) -> bool:
         if wish.kind == "unload":
             unload(manager, wish.model_id, "unloaded by request", now)
     for model_id, idle_s in idle_too_long(manager, demands, now):
-        unload(manager, model_id, f"idle for {idle_s:.0f} s (ttl)", now)
+        unload(manager, model_id, f"idle for {idle_s:.0f} s (ttl)", now, only_if_idle=True)
+    began = time.perf_counter()
     view = snapshot(manager, demands, now)
-    answer_plans(manager, view, demands, now)
     decision = plan(view)
+    manager.decision_s = time.perf_counter() - began
+    answer_plans(manager, view, demands, now)
     carry_out(manager, decision, demands, now)
     return bool(decision.waits or decision.evictions)

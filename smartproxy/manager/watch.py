@@ -54,11 +54,16 @@ def _columns(row: Row, metrics: dict[str, float], slots: list[dict[str, Any]]) -
     predicted = metrics.get("tokens_predicted_total", 0.0)
     # the server's own tokens/s gauge is reset by every scrape: the counters are not
     before, before_at = row["predicted_tokens_total"], row["watched_at"]
-    rate = max(0.0, predicted - before) / (now - before_at) if before_at else 0.0
+    known = before is not None and before_at is not None
+    rate = max(0.0, predicted - before) / (now - before_at) if known else 0.0
+    busy = sum(bool(slot.get("is_processing")) for slot in slots)
+    # what nginx carries leaves no other trace of use
+    used = {"last_used_at": now} if busy or predicted > (before or 0.0) else {}
     return {
+        **used,
         "watched_at": now,
         "slots_total": len(slots),
-        "slots_busy": sum(bool(slot.get("is_processing")) for slot in slots),
+        "slots_busy": busy,
         "requests_processing": int(metrics.get("requests_processing", 0)),
         "requests_deferred": int(metrics.get("requests_deferred", 0)),
         "prompt_tokens_total": metrics.get("prompt_tokens_total", 0.0),

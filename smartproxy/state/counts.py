@@ -52,3 +52,57 @@ def totals(store: Store) -> list[Count]:
 
 def _count(row: Row) -> Count:
     return Count(name=row["name"], model_id=row["model_id"], label=row["label"], value=row["value"])
+
+
+# --- recent use: the manager's, for choosing who makes room ----------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """How much a model was used lately: decaying counts, as of `at`."""
+
+    at: float
+    requests: float
+    tokens: float
+    #: the totals up to which it is counted
+    total_requests: float
+    total_tokens: float
+
+
+def use_totals(store: Store) -> dict[str, tuple[float, float]]:
+    """Return by model the requests that were served and the tokens generated, ever."""
+    rows = store.read(
+        "SELECT model_id, sum(requests) AS requests, sum(tokens) AS tokens FROM ("
+        " SELECT model_id, value AS requests, 0 AS tokens FROM request_counts"
+        " WHERE model_id != '' AND (code LIKE '2%' OR code = 'nginx')"
+        " UNION ALL SELECT model_id, 0, value FROM counts"
+        " WHERE name = 'tokens' AND label = 'predicted') GROUP BY model_id"
+    )
+    return {row["model_id"]: (row["requests"], row["tokens"]) for row in rows}
+
+
+def uses(store: Store) -> dict[str, Use]:
+    """Return the recent use of each model as last written."""
+    return {
+        row["model_id"]: Use(
+            at=row["counted_at"],
+            requests=row["requests"],
+            tokens=row["tokens"],
+            total_requests=row["total_requests"],
+            total_tokens=row["total_tokens"],
+        )
+        for row in store.read("SELECT * FROM uses")
+    }
+
+
+def write_uses(store: Store, changed: Mapping[str, Use]) -> None:
+    """Write the recent use of these models."""
+    with store.write() as connection:
+        connection.executemany(
+            "INSERT OR REPLACE INTO uses (model_id, requests, tokens, counted_at, total_requests,"
+            " total_tokens) VALUES (?, ?, ?, ?, ?, ?)",
+            [
+                (model_id, u.requests, u.tokens, u.at, u.total_requests, u.total_tokens)
+                for model_id, u in changed.items()
+            ],
+        )

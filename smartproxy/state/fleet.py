@@ -31,9 +31,11 @@ def insert_server(
     *,
     now: float,
     reason: str,
+    data: Mapping[str, Any] | None = None,
 ) -> int:
     """Record a server in state starting with what it is promised, before its process exists.
 
+    data: what its event says besides the reason.
     Raises sqlite3.IntegrityError when the model or the port already has a live server.
     """
     row = {
@@ -67,6 +69,7 @@ def insert_server(
             f"server {server_id} starting model={row['model_id']} port={row['port']}: {reason}",
             model_id=row["model_id"],
             server_id=server_id,
+            data=data,
         )
         gpus.mark_assigned(connection, server_id, now=now)
         _route_changed(connection)
@@ -82,6 +85,7 @@ def transition(
     now: float,
     reason: str,
     columns: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> bool:
     """Move a server from one state to the next, with its event, in one transaction.
 
@@ -117,7 +121,7 @@ def transition(
             f"server {server_id} {before}->{after} model={model_id}: {reason}",
             model_id=model_id,
             server_id=server_id,
-            data={"from": before, "to": after, **more},
+            data={"from": before, "to": after, **more, **(data or {})},
         )
         if after not in LIVE_STATES:
             connection.execute("DELETE FROM leases WHERE server_id = ?", (server_id,))

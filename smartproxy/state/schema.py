@@ -383,6 +383,30 @@ def learning(db: Database) -> None:
         db.execute(statement)
 
 
+RECENT_USE = (
+    # M: how much each model was used lately (decaying counts), and up to which totals that counts
+    """
+    CREATE TABLE uses (
+        model_id TEXT PRIMARY KEY,
+        requests REAL NOT NULL,
+        tokens REAL NOT NULL,
+        counted_at REAL NOT NULL,
+        total_requests REAL NOT NULL,
+        total_tokens REAL NOT NULL
+    ) WITHOUT ROWID
+    """,
+    # M: how long the last decision took
+    "ALTER TABLE manager ADD COLUMN decision_s REAL",
+)
+
+
+@migrations(name="0004_recent_use")
+def recent_use(db: Database) -> None:
+    """Create what choosing victims looks at."""
+    for statement in RECENT_USE:
+        db.execute(statement)
+
+
 def _statements(script: str) -> list[str]:
     """Split DDL at the semicolons that end a line; executescript would commit the transaction."""
     return [part for part in script.split(";\n") if part.strip()]
