@@ -25,7 +25,7 @@ from smartproxy.config import load_settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import die_with_parent, worker_alive
 from smartproxy.log import setup_logging
-from smartproxy.manager import binary, needs, recent, record
+from smartproxy.manager import binary, fit_params, needs, recent, record
 from smartproxy.manager.act import stop_all
 from smartproxy.manager.adopt import adopt_all
 from smartproxy.manager.core import Manager
@@ -164,6 +164,7 @@ def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
     scheduler.add_job(watch, "interval", [manager], seconds=2)
     scheduler.add_job(_tidy, "interval", [manager], seconds=60)
     scheduler.add_job(needs.publish_models, args=[manager])
+    scheduler.add_job(fit_params.ask_about_unknown, "interval", [manager], seconds=10)
     # it warns of every look that a slow driver makes it skip
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     scheduler.start()

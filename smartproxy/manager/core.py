@@ -79,6 +79,8 @@ class Manager:
     needs: dict[str, Need] = field(default_factory=dict)
     #: models to load without being asked; taken out once tried
     preload: set[str] = field(default_factory=set)
+    #: settings that llama-fit-params was asked about (fit_params.py)
+    asked: set[str] = field(default_factory=set)
     stopping: threading.Event = field(default_factory=threading.Event)
     #: set: the GPUs are to be looked at now, not when their turn comes
     look_wanted: threading.Event = field(default_factory=threading.Event)

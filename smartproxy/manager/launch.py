@@ -29,8 +29,8 @@ def command(
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--ctx-size", str(layout.context_size), "--parallel", str(spec.parallel)),
         "--kv-unified" if spec.kv_unified else "--no-kv-unified",
-        *_memory_flags(loaded.options),
-        *_device_flags(placement),
+        *memory_flags(loaded.options),
+        *device_flags(placement),
     ]
     if layout.cpu_moe_layers:
         flags += ["--n-cpu-moe", str(layout.cpu_moe_layers)]
@@ -51,7 +51,8 @@ def command(
     return [str(binary.path), *flags, *extra.rest]
 
 
-def _memory_flags(options: EstimateOptions) -> list[str]:
+def memory_flags(options: EstimateOptions) -> list[str]:
+    """Return the flags for what a model's options say of memory, slots and context apart."""
     flags = ["--batch-size", str(options.batch), "--ubatch-size", str(options.ubatch)]
     flags += ["--cache-type-k", options.cache_type_k, "--cache-type-v", options.cache_type_v]
     flags += ["--flash-attn", options.flash_attn.value]
@@ -82,7 +83,8 @@ def _draft_flags(
     return flags
 
 
-def _device_flags(placement: Placement) -> list[str]:
+def device_flags(placement: Placement) -> list[str]:
+    """Return the flags for the GPUs and layers of a placement."""
     if not placement.gpus:
         # without `--device none` a GPU build keeps a compute buffer on the GPU even at 0 layers
         return ["--device", "none", "--n-gpu-layers", "0"]

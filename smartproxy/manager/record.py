@@ -22,7 +22,7 @@ from smartproxy.catalog import ModelSpec
 from smartproxy.manager.buffer_lines import HOST, measured_buffers
 from smartproxy.manager.core import Manager
 from smartproxy.manager.estimate import Loaded, predictor
-from smartproxy.manager.learning import ROUNDING_BYTES, buffers_of
+from smartproxy.manager.learning import ROUNDING_BYTES, Vector, buffers_of
 from smartproxy.manager.lessons import overheads
 from smartproxy.manager.loaded import file_key, options_key, settings_key
 from smartproxy.state import fleet, measured
@@ -44,9 +44,18 @@ HOST_STEP = 1.02
 
 
 def expect(
-    manager: Manager, server_id: int, placement: Placement, *, spec: ModelSpec, loaded: Loaded
+    manager: Manager,
+    server_id: int | None,
+    placement: Placement,
+    *,
+    spec: ModelSpec,
+    loaded: Loaded,
+    told: Vector | None = None,
 ) -> None:
-    """Write what a server is expected to take, before it starts."""
+    """Write what a server is expected to take, before it starts.
+
+    server_id None: no server will run; `told` is what a tool says of such a load, the host last.
+    """
     layout, build = placement.layout, manager.binary.build
     options = options_key(spec, loaded, build)
     predicted = buffers_of(predictor(loaded)(layout))
@@ -69,8 +78,13 @@ def expect(
     }
     names = ("device", "device_index", "predicted_bytes", "estimated_bytes", "overhead_bytes")
     rows = [*devices, (measured.HOST, -1, predicted[-1], host_bytes, 0)]
+    sizes = told or (None,) * len(rows)
     measured.expect(
-        manager.store, [{**common, **dict(zip(names, row, strict=True))} for row in rows]
+        manager.store,
+        [
+            {**common, **dict(zip(names, row, strict=True)), "buffers_bytes": size}
+            for row, size in zip(rows, sizes, strict=True)
+        ],
     )
 
 

@@ -1,0 +1,151 @@
+"""Ask llama.cpp's own tool about models whose architecture our rules don't know. A background job.
+
+Where the build has `llama-fit-params` beside its server, it is run once per such model and its
+settings, for the whole model on one GPU (without GPUs: on the CPU), with the options that a server
+would get. It reads the header, allocates no buffers, and tells MiB per device; that is kept like a
+measurement (server_id NULL) and used until a server of these settings has run. It charges a little
+more than a server takes: logits of a whole batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+from smartproxy.catalog import ModelSpec
+from smartproxy.errors import SmartProxyError
+from smartproxy.manager import needs, record
+from smartproxy.manager.binary import Binary, child_environment
+from smartproxy.manager.core import Manager
+from smartproxy.manager.estimate import Loaded, make_need
+from smartproxy.manager.launch import device_flags, memory_flags
+from smartproxy.manager.loaded import file_key, loaded_of, options_key, settings_key
+from smartproxy.state import measured
+from smartproxy.types import GIB, MIB, Gpu, GpuShare, Layout, Placement
+
+logger = logging.getLogger(__name__)
+
+NAME = "llama-fit-params"
+DEADLINE_S = 60.0
+#: it makes a context on the GPU for a moment: not where that could be in somebody's way
+LEAST_FREE_BYTES = 2 * GIB
+#: "CUDA0 4685 1024 258": weights, caches, graph
+_LINE = re.compile(r"^(\w+) (\d+) (\d+) (\d+)\s*$", re.M)
+_HELP_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+
+
+def ask_about_unknown(manager: Manager) -> None:
+    """Ask about every model that the rules don't know and that was not asked about yet."""
+    tool = manager.binary.path.parent / NAME
+    if manager.gpus is None or not os.access(tool, os.X_OK):
+        return
+    for spec in manager.catalog.models.values():
+        try:
+            loaded = loaded_of(manager.store, spec)
+        except SmartProxyError:
+            continue  # whoever asks for it is told why
+        if loaded.metadata.unknown is None or manager.stopping.is_set():
+            continue
+        gpu = _roomiest(manager)
+        if gpu is None and manager.gpus.gpus:
+            continue
+        placement = _placement(spec, loaded, gpu)
+        options = options_key(spec, loaded, manager.binary.build)
+        key = settings_key(options, placement.layout)
+        if key not in manager.asked and not _known(manager, spec, key):
+            _ask(manager, tool, spec, (placement, loaded))
+        manager.asked.add(key)
+
+
+def _known(manager: Manager, spec: ModelSpec, key: str) -> bool:
+    rows = measured.of_file(manager.store, file_key(spec), manager.binary.build)
+    return any(row["settings_key"] == key for row in rows)
+
+
+def _roomiest(manager: Manager) -> Gpu | None:
+    gpus = manager.gpus.gpus if manager.gpus else ()
+    healthy = [gpu for gpu in gpus if gpu.error is None and gpu.free_bytes >= LEAST_FREE_BYTES]
+    return max(healthy, key=lambda gpu: gpu.free_bytes, default=None)
+
+
+def _placement(spec: ModelSpec, loaded: Loaded, gpu: Gpu | None) -> Placement:
+    need = make_need(loaded, context_size=needs.context_size(spec, loaded.metadata))
+    layout = Layout(
+        tensor_split=(1.0,) if gpu else (),
+        gpu_layers=need.layer_count if gpu else 0,
+        context_size=need.context_size or need.max_context_size,
+    )
+    return Placement(
+        gpus=(GpuShare(uuid=gpu.uuid, index=gpu.index, bytes=0),) if gpu else (),
+        layout=layout,
+        estimate=need.estimate(layout),
+        reason=f"asking {NAME}",
+    )
+
+
+def _ask(manager: Manager, tool: Path, spec: ModelSpec, what: tuple[Placement, Loaded]) -> None:
+    placement, loaded = what
+    began = time.monotonic()
+    try:
+        told = _run(tool, manager.binary, spec, what)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("model '%s': %s could not be asked: %s", spec.id, NAME, error)
+        return
+    sizes = [sum(map(int, parts)) * MIB + 3 * MIB for _, *parts in _LINE.findall(told)]
+    if len(sizes) != len(placement.gpus) + 1:
+        logger.warning("model '%s': %s told nothing of use: %s", spec.id, NAME, told[-500:])
+        return
+    record.expect(manager, None, placement, spec=spec, loaded=loaded, told=tuple(sizes))
+    logger.info(
+        "model '%s' (%s): %s tells %s MB per device, the host last, in %.1f s",
+        *(spec.id, loaded.metadata.unknown, NAME),
+        *([size // MIB for size in sizes], time.monotonic() - began),
+    )
+
+
+def _run(tool: Path, binary: Binary, spec: ModelSpec, what: tuple[Placement, Loaded]) -> str:
+    """Return what the tool prints. Raises OSError, SubprocessError."""
+    placement, loaded = what
+    env = child_environment(os.environ, binary.library_dir)
+    env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(share.uuid for share in placement.gpus)
+    env.update(spec.env)
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [str(tool), *arguments],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        if done.returncode:
+            raise subprocess.SubprocessError(f"exit code {done.returncode}: {done.stderr[-300:]}")
+        return done.stdout
+
+    flags = [
+        *("--ctx-size", str(placement.layout.context_size), "--parallel", str(spec.parallel)),
+        "--kv-unified" if spec.kv_unified else "--no-kv-unified",
+        *memory_flags(loaded.options),
+        *device_flags(placement),
+    ]
+    known = set(_HELP_FLAG.findall(run("--help")))
+    return run("--model", str(spec.path), *_only(known, flags), "--fit-print", "on")
+
+
+def _only(known: set[str], flags: list[str]) -> list[str]:
+    """Return the flags, with their values, that the tool has."""
+    kept: list[str] = []
+    keep = False
+    for word in flags:
+        keep = word in known if word.startswith("--") else keep
+        if keep:
+            kept.append(word)
+    return kept
