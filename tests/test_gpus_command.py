@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from smartproxy.entities import GPU, GPUProcess
 from smartproxy.errors import ManagerDown
 from smartproxy.gpus_command import age_line, gpu_table, gpus_command, process_table
-from smartproxy.state.store import create
+from smartproxy.state.prepare import create
 from smartproxy.types import GIB, GpuState
 
 BUSY = GPU(

@@ -12,7 +12,7 @@ from smartproxy.manager.binary import Binary
 from smartproxy.manager.launch import command
 from smartproxy.manager.loaded import loaded_of, options_key, settings_key
 from smartproxy.settings import Settings
-from smartproxy.state import store
+from smartproxy.state import prepare
 from smartproxy.state.store import Store
 from smartproxy.types import Estimate, GpuShare, Layout, Placement
 from tests import gguf_files, gguf_shapes
@@ -30,7 +30,7 @@ BINARY = Binary(
 
 @pytest.fixture
 def state(tmp_path: Path) -> Store:
-    return store.create(tmp_path / "state.db")[0]
+    return prepare.create(tmp_path / "state.db")[0]
 
 
 def spec_of(path: Path = REAL_MODEL, **keys: Any) -> ModelSpec:

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from smartproxy.proxy import metrics
 from smartproxy.proxy.counting import RequestCounts
 from smartproxy.state import counts, demand, fleet
-from smartproxy.state.store import Store, create
+from smartproxy.state.prepare import create
+from smartproxy.state.store import Store
 from smartproxy.types import GIB, GpuShare, ServerState
 from tests.running import Proxy, fake_model, running, wait_until
 from tests.test_grafana import METRICS

@@ -9,7 +9,8 @@ import pytest
 from smartproxy.manager import recent
 from smartproxy.manager.evict import HALF_LIFE_S
 from smartproxy.state import counts
-from smartproxy.state.store import Store, create
+from smartproxy.state.prepare import create
+from smartproxy.state.store import Store
 
 NOW = 1_000_000.0
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -203,3 +205,22 @@ def test_a_relayed_request_has_an_access_log_line(proxy: Gunicorn) -> None:
         wire.post("/logged", {"model": str(upstream.port)}).read_answer()
     line = '"POST /logged HTTP/1.1" 200 77 '
     wait_until(lambda: proxy.log.read_text().count(line) == 1, "one access log line")
+
+
+def test_two_workers_share_a_burst_of_connections(tmp_path: Path) -> None:
+    with gunicorn(tmp_path, "--workers", "2") as proxy, contextlib.ExitStack() as open_ones:
+
+        def pid(wire: Wire) -> int:
+            answer = wire.send(HEALTH).read_answer()
+            return int(answer.json()["pid"])
+
+        def both_up() -> bool:
+            with proxy.connect() as one, proxy.connect() as other, proxy.connect() as third:
+                return len({pid(one), pid(other), pid(third)}) == 2
+
+        wait_until(both_up, "both workers up")
+        wires = [open_ones.enter_context(proxy.connect()) for _ in range(60)]
+        shares = Counter(pid(wire) for wire in wires)
+        assert len(shares) == 2
+        # a worker waits a millisecond for the other: on a busy machine that is not always enough
+        assert min(shares.values()) >= 10

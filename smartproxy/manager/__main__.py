@@ -34,7 +34,7 @@ from smartproxy.manager.poke import Doorbell
 from smartproxy.manager.tick import tick
 from smartproxy.manager.watch import trim_logs, watch
 from smartproxy.settings import Settings
-from smartproxy.state import demand, fleet, measured, store
+from smartproxy.state import demand, fleet, measured, prepare
 
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
@@ -88,7 +88,7 @@ def _run(settings: Settings) -> int:
     for warning in catalog.warnings:
         logger.warning("%s", warning)
     path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
-    state, complaint = store.create(settings.state_dir / "state.db")
+    state, complaint = prepare.create(settings.state_dir / "state.db")
     if complaint:
         logger.warning("%s", complaint)
     doorbell = Doorbell(settings.state_dir / "manager.sock")

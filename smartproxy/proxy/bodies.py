@@ -110,6 +110,8 @@ class PassedChunks(Body):
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
+        if self._scan.at_start and not self._held and is_one_chunk(data):
+            return data  # a token, nearly always
         whole = self._scan.feed(data)
         self.done = self._scan.done
         if whole == len(data) or self.done:  # nearly always: a chunk comes in one piece
@@ -130,6 +132,15 @@ class PassedChunks(Body):
         raise BadAnswer("closed before the last chunk of its answer")
 
 
+def is_one_chunk(data: bytes) -> bool:
+    """Return whether these bytes are exactly one chunk, and not the last."""
+    match = CHUNK_SIZE.match(data)
+    if match is None:
+        return False
+    size = int(match[1], 16)
+    return size > 0 and match.end() + size + 2 == len(data) and data.endswith(b"\r\n")
+
+
 class _Expect(Enum):
     SIZE = auto()
     DATA_END = auto()
@@ -147,6 +158,11 @@ class ChunkScan:
         self._expect = _Expect.SIZE
         self._payload: list[bytes] | None = [] if keep_payload else None
         self.done = False
+
+    @property
+    def at_start(self) -> bool:
+        """Whether the next byte is the first of a chunk, or of the last one."""
+        return self._expect is _Expect.SIZE and not self._left_bytes and not self._line
 
     def feed(self, data: bytes) -> int:
         """Return how many bytes of `data` its last whole chunk ends at. Raises BadAnswer."""

@@ -155,6 +155,12 @@ class Channel:
         if self.on_drain and self.buffered_bytes <= LOW_WATER_BYTES:
             self.on_drain()
 
+    def failed(self, error: Exception) -> None:
+        """Called by the poller."""
+        self._loop.call_exception_handler({"message": "a connection failed", "exception": error})
+        self.close()
+        self.on_end(None)
+
     def _ended(self, error: OSError | None) -> None:
         self.read(False)
         self.on_end(error)

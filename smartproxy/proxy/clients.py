@@ -19,6 +19,7 @@ EVENT_STREAM_HEAD = AnswerHead(
     reason=b"OK",
     headers=((b"Content-Type", b"text/event-stream"), (b"Cache-Control", b"no-cache")),
     framing=Framing.CHUNKED,
+    is_event_stream=True,
 )
 
 

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 #: how often a waiting request looks whether the file has moved; a look costs microseconds
 LOOK_EVERY_S = 0.003
+#: routes may be this old: a server that is leaving waits for its leases, and no lease is written
+#: on one that is no longer ready, so that this is only a matter of asking less often
+ROUTES_OLD_S = 0.001
 #: how long an idle server's lease is kept before it is given back: sequential requests of one
 #: client then cost no writes, and an eviction waits at most this long for it
 LINGER_S = 0.05
@@ -53,6 +56,7 @@ class Broker:
         self._routes: dict[str, Route] = {}
         self._generation = -1
         self._data_version = -1
+        self._look_again_at = 0.0
         self._in_flight: Counter[int] = Counter()
         #: servers with a lease of ours in the file; a task while it is being written
         self._leases: dict[int, asyncio.Task[bool]] = {}
@@ -152,7 +156,8 @@ class Broker:
     # --- routes ----------------------------------------------------------------------------
 
     def _ready_route(self, model_id: str, avoid_server_id: int | None) -> Route | None:
-        self._refresh()
+        if self._generation < 0 or time.monotonic() > self._look_again_at:
+            self._refresh()
         route = self._routes.get(model_id)
         if route is None or route.state != "ready" or route.server_id == avoid_server_id:
             return None
@@ -160,6 +165,7 @@ class Broker:
 
     def _refresh(self) -> None:
         """Read the routes again if the manager has changed one since."""
+        self._look_again_at = time.monotonic() + ROUTES_OLD_S
         try:
             version = self._store.data_version()
             if version == self._data_version and self._generation >= 0:
@@ -219,6 +225,7 @@ class Broker:
             version = self._store.data_version()
             if version != seen:
                 seen = version
+                self._refresh()
                 if self._ready_route(model_id, avoid_server_id):
                     return
                 self._raise_answer(demand_id)
@@ -237,7 +244,7 @@ class Broker:
 
     def _check_manager(self, model_id: str, now: float, silent_since: float | None) -> float | None:
         view = demand.manager_view(self._store)
-        if view.stopping:
+        if view.stopping and view.pid is not None:  # else it is an earlier stop's, not yet wiped
             raise ShuttingDown("the proxy is being stopped")
         if view.heartbeat_at and time.time() - view.heartbeat_at < HEARTBEAT_STALE_S:
             return None

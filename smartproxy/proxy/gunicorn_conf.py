@@ -5,6 +5,7 @@ The command line wins over each of them (--bind, --workers, --threads, --access-
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
@@ -13,6 +14,10 @@ from typing import Any
 from smartproxy.config import load_settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import die_with_parent
+
+# What the application needs is loaded here already, so that the workers share its memory. The
+# application itself is made after the fork: it holds sockets and threads.
+from smartproxy.proxy import app as _application  # noqa: F401
 
 #: as the manager's for a bad configuration
 EXIT_CONFIG = 2
@@ -74,3 +79,9 @@ def on_starting(server: Any) -> None:
     die_with_parent()
     # A socket that was given to us (by `serve`) is not ours to unlink: our successor gets it too.
     server.systemd = any(isinstance(address, int) for address in server.cfg.address)
+
+
+def when_ready(_server: object) -> None:
+    """Keep the collector off what was loaded before the fork: touching a page makes it a copy."""
+    gc.collect()
+    gc.freeze()

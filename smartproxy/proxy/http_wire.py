@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
 from enum import StrEnum
+from functools import lru_cache
 
 #: an answer's head beyond this is not llama-server's
 MAX_HEAD_BYTES = 65536
@@ -65,10 +66,7 @@ class AnswerHead:
     framing: Framing
     #: of the body; None unless framing is LENGTH
     length_bytes: int | None = None
-
-    @property
-    def is_event_stream(self) -> bool:
-        return header(self.headers, b"content-type").lower().startswith(b"text/event-stream")
+    is_event_stream: bool = False
 
 
 def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
@@ -125,6 +123,7 @@ def target_bytes(target: str) -> bytes:
     return data
 
 
+@lru_cache(maxsize=64)  # all streams of a server begin with the same bytes
 def parse_head(data: bytes, method: str) -> AnswerHead:
     """Return the head that `data` (up to and with its blank line) holds. Raises BadAnswer."""
     first, *lines = data[:-4].split(b"\r\n")
@@ -147,6 +146,7 @@ def parse_head(data: bytes, method: str) -> AnswerHead:
         headers=tuple(headers),
         framing=framing,
         length_bytes=length,
+        is_event_stream=header(headers, b"content-type").lower().startswith(b"text/event-stream"),
     )
 
 
@@ -155,26 +155,45 @@ def client_head(head: AnswerHead, framing: Framing, keep_alive: bool) -> bytes:
 
     framing: of the body as the client will see it.
     """
+    lines, dated = _client_lines(head, framing, keep_alive)
+    return lines if dated else b"%b\r\nDate: %b\r\n\r\n" % (lines[:-4], _date(int(time.time())))
+
+
+@lru_cache(maxsize=64)
+def _client_lines(head: AnswerHead, framing: Framing, keep_alive: bool) -> tuple[bytes, bool]:
+    """Return a client's head without what changes by the second, and whether it has a date."""
+    kept = _forwarded(head, framing)
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
-    lines += [b"%b: %b" % pair for pair in end_to_end(head, framing)]
+    lines += [b"%b: %b" % pair for pair in kept]
     if framing is Framing.CHUNKED:
         lines.append(b"Transfer-Encoding: chunked")
     lines.append(b"Connection: keep-alive\r\n\r\n" if keep_alive else b"Connection: close\r\n\r\n")
-    return b"\r\n".join(lines)
+    return b"\r\n".join(lines), bool(header(kept, b"date"))
 
 
 def end_to_end(head: AnswerHead, framing: Framing) -> list[tuple[bytes, bytes]]:
     """Return the headers of an answer that are the client's business, and what we add."""
+    kept = _forwarded(head, framing)
+    if not header(kept, b"date"):
+        kept.append((b"Date", _date(int(time.time()))))
+    return kept
+
+
+def _forwarded(head: AnswerHead, framing: Framing) -> list[tuple[bytes, bytes]]:
     dropped = one_hop_names(head.headers)
     if framing not in (Framing.LENGTH, Framing.NONE):
         dropped = dropped | {b"content-length"}
     kept = [(name, value) for name, value in head.headers if name.lower() not in dropped]
-    if not header(kept, b"date"):  # RFC 9110 6.6.1: whoever forwards without one adds it
-        kept.append((b"Date", formatdate(time.time(), usegmt=True).encode("ascii")))
     if head.is_event_stream:
         # Otherwise an nginx in front keeps the tokens back until its buffer is full.
         kept.append((b"X-Accel-Buffering", b"no"))
     return kept
+
+
+@lru_cache(maxsize=2)
+def _date(second: int) -> bytes:
+    """Return a Date header's value. RFC 9110 6.6.1: whoever forwards without one adds it."""
+    return formatdate(second, usegmt=True).encode("ascii")
 
 
 def one_hop_names(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:

@@ -25,6 +25,7 @@ from smartproxy.proxy.channel import HIGH_WATER_BYTES, close_gently
 from smartproxy.proxy.express import MAX_BODY_BYTES as MAX_EXPRESS_BODY_BYTES
 from smartproxy.proxy.express import Express, plain_request
 from smartproxy.proxy.handling import HandlingWorker, RelayTicket
+from smartproxy.proxy.neighbours import Neighbours
 from smartproxy.proxy.reception import Collected, Outbox, Reception
 from smartproxy.proxy.relay import Request
 from smartproxy.proxy.socket_client import SocketClient
@@ -35,6 +36,8 @@ FAREWELL_S = 2.0
 IDLE_FAREWELL_S = 2.0
 TICK_S = 1.0
 STOPPING_TICK_S = 0.05
+#: how long a new connection is left to a worker that has fewer
+NEIGHBOURS_TURN_S = 0.001
 #: requests up to this are handled in the loop where their path hands over; more would hold it up
 MAX_INLINE_BYTES = 131072
 
@@ -55,6 +58,7 @@ class RelayWorker(HandlingWorker):
         self._waiting: dict[Reception, None] = {}
         self._stopping_at: float | None = None
         self._ticker: asyncio.TimerHandle | None = None
+        self._neighbours = Neighbours(self.age)
         self._relay = relay.run_here()
         self._loop = self._relay.loop
         super().init_process()
@@ -84,6 +88,7 @@ class RelayWorker(HandlingWorker):
         if self.alive and not self.is_parent_alive():
             self.alive = False
         if self.alive:
+            self._neighbours.tell(self.nr_conns)
             self.set_accept_enabled(self.nr_conns < self.worker_connections)
         elif self._is_done(now):
             self._loop.stop()
@@ -96,6 +101,7 @@ class RelayWorker(HandlingWorker):
         if self._stopping_at is None:
             self._stopping_at = now
             self.set_accept_enabled(False)
+            self._neighbours.leave()
             for listener in self.sockets:  # else the kernel still takes what nobody will serve
                 listener.close()
             for reception in self._waiting:
@@ -120,18 +126,32 @@ class RelayWorker(HandlingWorker):
         self._accepting = enabled
         for listener in self.sockets:
             if enabled:
-                self._loop.add_reader(listener.fileno(), self.accept, listener)
+                self._loop.add_reader(listener.fileno(), self._offer, listener)
             else:
                 self._loop.remove_reader(listener.fileno())
 
     # --- a connection -----------------------------------------------------------------------
+
+    def _offer(self, listener: Any) -> None:
+        """Take a new connection, or leave it for a moment to a worker that has fewer."""
+        if not self._neighbours.have_less(self.nr_conns):
+            self.accept(listener)
+            return
+        self._loop.remove_reader(listener.fileno())
+        self._loop.call_later(NEIGHBOURS_TURN_S, self._take_over, listener)
+
+    def _take_over(self, listener: Any) -> None:
+        if self._accepting:
+            self.accept(listener)
+        if self._accepting:
+            self._loop.add_reader(listener.fileno(), self._offer, listener)
 
     def accept(self, listener: Any) -> None:
         try:
             sock, client = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        self.nr_conns += 1
+        self._count(1)
         conn = TConn(self.cfg, sock, client, listener.getsockname())
         conn.initialized = conn.data_ready = True
         conn.parser = get_parser(self.cfg, sock, client)
@@ -152,9 +172,14 @@ class RelayWorker(HandlingWorker):
         reception.close()
         self._forget()
 
+    def _count(self, change: int) -> None:
+        self.nr_conns += change
+        if self.alive:
+            self._neighbours.tell(self.nr_conns)
+
     def _forget(self) -> None:
         """One connection less."""
-        self.nr_conns -= 1
+        self._count(-1)
         if self.alive and not self._accepting:
             self.set_accept_enabled(True)
 

@@ -1,4 +1,4 @@
-"""Open state.db, read from it, write to it: one connection per thread and process.
+"""Read from state.db, write to it: one connection per thread and process. `prepare` makes it.
 
 WAL: readers never wait for the writer. Writers take the lock at once (BEGIN IMMEDIATE), because a
 read transaction that turns into a write may fail with SQLITE_BUSY whatever the timeout.
@@ -6,21 +6,13 @@ read transaction that turns into a write may fail with SQLITE_BUSY whatever the 
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from sqlite_utils import Database
-
-from smartproxy.state.schema import migrations
-
-logger = logging.getLogger(__name__)
 
 #: seconds a writer waits for another; writes take well under a millisecond each
 BUSY_TIMEOUT_S = 10.0
@@ -93,7 +85,7 @@ class Store:
     def _open(self) -> None:
         local = self._local
         local.identity = self._identity()
-        local.connection = _connect(self.path)
+        local.connection = connect(self.path)
         local.pid = os.getpid()
 
     def _identity(self) -> tuple[int, int] | None:
@@ -105,51 +97,8 @@ class Store:
         return stat.st_dev, stat.st_ino
 
 
-def create(path: Path) -> tuple[Store, str | None]:
-    """Open the state file, making or migrating it; only the manager calls this.
-
-    Returns the store, and a sentence for the log when an unreadable file was set aside.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    complaint = None
-    try:
-        _prepare(path)
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-            raise
-        aside = _set_aside(path)
-        complaint = f"state file {path} can't be used ({error}): set aside as {aside}, made anew"
-        _prepare(path)
-    return Store(path), complaint
-
-
-def _prepare(path: Path) -> None:
-    # owner only from the first byte on, whatever the umask
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    os.chmod(path, 0o600)
-    connection = _connect(path)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        broken = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if broken != "ok":
-            raise sqlite3.DatabaseError(broken)
-        migrations.apply(Database(connection))
-        # a file of ours from another age, or somebody else's: not usable
-        connection.execute("SELECT generation FROM manager WHERE id = 1").fetchone()[0]
-    finally:
-        connection.close()
-
-
-def _set_aside(path: Path) -> str:
-    aside = path.with_name(f"{path.name}.unreadable-{int(time.time())}")
-    for suffix in ("", "-wal", "-shm"):
-        part = path.with_name(path.name + suffix)
-        if part.exists():
-            part.rename(aside.with_name(aside.name + suffix))
-    return aside.name
-
-
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the state file; it must be there."""
     # mode=rw: a worker that is early must not make an empty file
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw",

@@ -1,0 +1,59 @@
+"""Make state.db, or bring an older one up to date. The manager's part: workers never import this,
+nor what it takes.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+from sqlite_utils import Database
+
+from smartproxy.state.schema import migrations
+from smartproxy.state.store import Store, connect
+
+
+def create(path: Path) -> tuple[Store, str | None]:
+    """Open the state file, making or migrating it; only the manager calls this.
+
+    Returns the store, and a sentence for the log when an unreadable file was set aside.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    complaint = None
+    try:
+        _prepare(path)
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            raise
+        aside = _set_aside(path)
+        complaint = f"state file {path} can't be used ({error}): set aside as {aside}, made anew"
+        _prepare(path)
+    return Store(path), complaint
+
+
+def _prepare(path: Path) -> None:
+    # owner only from the first byte on, whatever the umask
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    os.chmod(path, 0o600)
+    connection = connect(path)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        broken = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if broken != "ok":
+            raise sqlite3.DatabaseError(broken)
+        migrations.apply(Database(connection))
+        # a file of ours from another age, or somebody else's: not usable
+        connection.execute("SELECT generation FROM manager WHERE id = 1").fetchone()[0]
+    finally:
+        connection.close()
+
+
+def _set_aside(path: Path) -> str:
+    aside = path.with_name(f"{path.name}.unreadable-{int(time.time())}")
+    for suffix in ("", "-wal", "-shm"):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.rename(aside.with_name(aside.name + suffix))
+    return aside.name
