@@ -96,6 +96,11 @@ def _start_and_wait(
         fleet.update_server(
             manager.store, server_id, {"pid": child.pid, "pid_started_at": child.started_at}
         )
+        # whoever stopped it before the process was there had nothing to end
+        if fleet.server(manager.store, server_id)["state"] != ServerState.STARTING:
+            process.stop(child)
+            manager.children.pop(server_id, None)
+            return
         try:
             _await_ready(manager, server_id, spec)
             return
