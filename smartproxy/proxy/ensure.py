@@ -244,7 +244,7 @@ class Broker:
 
     def _check_manager(self, model_id: str, now: float, silent_since: float | None) -> float | None:
         view = demand.manager_view(self._store)
-        if view.stopping and view.pid is not None:  # else it is an earlier stop's, not yet wiped
+        if view.stopping:
             raise ShuttingDown("the proxy is being stopped")
         if view.heartbeat_at and time.time() - view.heartbeat_at < HEARTBEAT_STALE_S:
             return None

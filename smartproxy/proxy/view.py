@@ -17,7 +17,7 @@ from smartproxy.entities import (
     status_of,
 )
 from smartproxy.settings import Settings
-from smartproxy.state import fleet
+from smartproxy.state import demand, fleet
 from smartproxy.state.store import Row, Store
 from smartproxy.types import GIB, GpuState, ServerState
 
@@ -146,7 +146,7 @@ def manager(store: Store, *, now: float) -> dict[str, Any]:
         "alive": age_s is not None and age_s < HEARTBEAT_STALE_S,
         "heartbeat_age": round(age_s, 3) if age_s is not None else None,
         "started_at": row["started_at"],
-        "stopping": bool(row["stopping"]),
+        "stopping": demand.manager_view(store).stopping,
         "llama_server": row["llama_server"],
         "build": row["build"],
     }

@@ -61,7 +61,8 @@ def manager_view(store: Store) -> ManagerView:
     return ManagerView(
         pid=row["pid"],
         heartbeat_at=row["heartbeat_at"],
-        stopping=bool(row["stopping"]),
+        # without a process it is what an earlier stop left behind
+        stopping=bool(row["stopping"]) and row["pid"] is not None,
         generation=row["generation"],
     )
 
