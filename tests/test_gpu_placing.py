@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 
-from tests.gpu_running import GIB, MIB, Card, gpu_machine, model, plan, started, uuid, world_of
-from tests.running import Proxy, wait_until
+from tests import gguf_files, gguf_shapes
+from tests.fakes.world import WorldFile
+from tests.gpu_running import (
+    GIB,
+    MIB,
+    Card,
+    Started,
+    gpu_machine,
+    model,
+    plan,
+    started,
+    uuid,
+    world_of,
+)
+from tests.running import Proxy, free_port, wait_until
 
 pytestmark = pytest.mark.servers
 
@@ -318,3 +335,148 @@ def test_an_event_tells_how_long_its_decision_took(tmp_path: Path) -> None:
         assert row["decision_s"] * 1000 == pytest.approx(
             decided["server 2 starting"]["decision_ms"], abs=0.001
         )
+
+
+def test_a_vulkan_build_is_pinned_by_device_names(tmp_path: Path) -> None:
+    models = {"m": model(tmp_path, "m", 12), "wide": model(tmp_path, "wide", 26)}
+    world = replace(world_of(Card(gib=8), Card(gib=24)), backend="Vulkan")
+    with gpu_machine(tmp_path, world, models) as (proxy, file):
+        assert proxy.chat("m").status_code == 200
+        assert started(proxy, "m").flag("--device") == "Vulkan1"
+        assert file.free_bytes()[uuid(0)] == 8 * GIB
+        assert proxy.chat("wide").status_code == 200
+        assert started(proxy, "wide").flag("--device") == "Vulkan1,Vulkan0"
+
+
+def test_what_a_model_s_configuration_says_of_its_place_is_carried_out(tmp_path: Path) -> None:
+    def configured(name: str, gib: float, **config: Any) -> dict[str, Any]:
+        return model(tmp_path, name, gib, gpu_bytes=GIB, config=config)
+
+    models = {
+        "by-number": configured("by-number", 3, gpus=[0]),
+        "by-uuid": configured("by-uuid", 3, gpus=[uuid(1)]),
+        "packed": configured("packed", 3, strategy="packed"),
+        "spread": configured("spread", 3, strategy="distribute"),
+        "one-only": configured("one-only", 25, max_gpus=1),
+        "partial": configured("partial", 40, partial_offload=True),
+        "partial-on-one": configured("partial-on-one", 40, partial_offload=True, max_gpus=1),
+        "some-layers": configured("some-layers", 3, gpu_layers=4),
+        "no-layers": configured("no-layers", 3, gpu_layers=0),
+        "fallback": configured("fallback", 40, cpu_fallback=True),
+        "forced": configured("forced", 3, cpu=True),
+        "auto": configured("auto", 7.3, ctx_size="auto", gpus=[0]),
+        "auto-roomy": configured("auto-roomy", 3, ctx_size="auto"),
+    }
+    world = world_of(Card(gib=8), Card(gib=24))
+    with gpu_machine(tmp_path, world, models) as (proxy, _):
+
+        def server_of(name: str) -> Started:
+            answer = proxy.chat(name)
+            assert answer.status_code == 200, answer.text
+            seen = started(proxy, name)
+            # each has the machine to itself
+            requests.post(f"{proxy.url}/api/models/{name}/unload", timeout=60).raise_for_status()
+            return seen
+
+        assert server_of("by-number").cards() == [uuid(0)]
+        assert server_of("by-uuid").cards() == [uuid(1)]
+        assert server_of("packed").cards() == [uuid(0)]
+        assert sorted(server_of("spread").cards()) == [uuid(0), uuid(1)]
+        refused = proxy.chat("one-only").json()["error"]
+        assert "largest set of GPUs has 23.8 GB (1 GPU" in refused["message"]
+
+        partial = server_of("partial")
+        assert len(partial.cards()) == 2
+        on_one = server_of("partial-on-one")
+        assert on_one.cards() == [uuid(1)]
+        assert 0 < layers(on_one) < layers(partial) < 150
+        assert layers(server_of("some-layers")) == 4
+
+        for name in ("no-layers", "fallback", "forced"):
+            on_cpu = server_of(name)
+            assert on_cpu.flag("--device") == "none", name
+            assert on_cpu.cards() == []
+            assert layers(on_cpu) == 0
+
+        assert 4096 <= int(server_of("auto").flag("--ctx-size") or 0) < 8192
+        assert server_of("auto-roomy").flag("--ctx-size") == "8192"
+
+
+def layers(server: Started) -> int:
+    return int(server.flag("--n-gpu-layers") or -1)
+
+
+def test_experts_go_to_the_host_before_whole_layers(tmp_path: Path) -> None:
+    mixture = gguf_shapes.Body(
+        width=2048,
+        layers=24,
+        heads=32,
+        kv_heads=4,
+        head=128,
+        inner=6144,
+        vocabulary=1024,
+        trained=8192,
+        experts=64,
+        experts_used=8,
+        expert_inner=768,
+    )
+    path = gguf_files.write(gguf_shapes.transformer("moe.Q8_0", "qwen3moe", mixture), tmp_path)
+    models = {"moe": {"path": str(path), "partial_offload": True}}
+    with gpu_machine(tmp_path, world_of(Card(gib=6)), models) as (proxy, _):
+        assert proxy.chat("moe").status_code == 200
+        server = started(proxy, "moe")
+        assert 0 < int(server.flag("--n-cpu-moe") or 0) < 24
+        assert layers(server) == 25
+
+
+def test_ten_models_on_four_cards_under_a_mixed_load_never_oversubscribe(tmp_path: Path) -> None:
+    sizes = {"a": 3, "b": 3, "c": 4, "d": 5, "e": 6, "f": 7, "g": 10, "h": 13, "i": 20, "j": 28}
+    models = {
+        name: model(tmp_path, name, gib, load_s=0.2, gpu_steps=4, free_lag_s=0.3)
+        for name, gib in sizes.items()
+    }
+    cards = (Card(gib=8), Card(gib=8, used_gib=1), Card(gib=16), Card(gib=24))
+    pool = {"size": 8, "port_start": free_port()}
+    chooser = random.Random(5)
+    wanted = [chooser.choice("aaabbbcccddeeffgghhij") for _ in range(80)]
+    with (
+        gpu_machine(tmp_path, world_of(*cards), models, server_pool=pool) as (proxy, world),
+        ThreadPoolExecutor(9) as threads,
+    ):
+        done = threading.Event()
+        watching = threads.submit(oversubscribed, proxy, world, done)
+        answers = list(threads.map(lambda name: proxy.chat(name, max_tokens=2), wanted))
+        done.set()
+        looks, wrong = watching.result()
+        assert [answer.text for answer in answers if answer.status_code != 200] == []
+        assert wrong == []
+        assert looks > 50
+        assert proxy.rows("SELECT 1 FROM events WHERE message LIKE '%ran out of GPU memory%'") == []
+        loaded = {row["model_id"] for row in proxy.rows("SELECT model_id FROM servers")}
+        assert loaded == set(wanted)
+        both = proxy.rows(
+            "SELECT server_id FROM assignments GROUP BY server_id HAVING count(*) > 1"
+        )
+        assert both  # the largest has to be divided
+
+
+def oversubscribed(proxy: Proxy, world: WorldFile, done: threading.Event) -> tuple[int, list[str]]:
+    """Look until done: return how often, and where more was promised or held than there is."""
+    looks, wrong = 0, []
+    while not done.wait(0.01):
+        looks += 1
+        promised = {
+            row["gpu_uuid"]: row["bytes"]
+            for row in proxy.rows(
+                "SELECT gpu_uuid, sum(reserved_bytes) AS bytes FROM assignments JOIN servers ON"
+                " servers.id = server_id WHERE state IN ('starting', 'ready', 'draining',"
+                " 'stopping') GROUP BY gpu_uuid"
+            )
+        }
+        free = world.free_bytes()
+        for card in world.world.gpus:
+            held = card.total_bytes - card.used_bytes - free[card.uuid]
+            room = card.total_bytes - card.used_bytes - 256 * MIB
+            if promised.get(card.uuid, 0) > room or held > room:
+                wrong.append(f"{card.uuid}: {promised.get(card.uuid)} and {held} of {room}")
+    return looks, wrong

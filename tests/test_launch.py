@@ -9,7 +9,7 @@ import pytest
 
 from smartproxy.catalog import ModelSpec, build_catalog
 from smartproxy.manager.binary import Binary
-from smartproxy.manager.launch import command
+from smartproxy.manager.launch import command, environment
 from smartproxy.manager.loaded import loaded_of, options_key, settings_key
 from smartproxy.settings import Settings
 from smartproxy.state import prepare
@@ -150,3 +150,37 @@ def test_measurements_are_kept_apart_by_all_that_memory_depends_on(state: Store)
     }
     assert len(different) == 9
     assert key(args=["-b", "2048", "-fa", "on"]) == key()
+
+
+def test_devices_are_named_where_the_environment_does_not_choose_them(state: Store) -> None:
+    spec, placement = spec_of(draft_model=REAL_MODEL), placement_on("GPU-a", "GPU-b")
+    names = ("Vulkan2", "Vulkan0")
+    said = command(BINARY, spec, placement, port=1, loaded=loaded_of(state, spec), devices=names)
+    assert values(said, "--device") == ["Vulkan2,Vulkan0"]
+    assert values(said, "--device-draft") == ["Vulkan2,Vulkan0"]
+    env = environment(
+        BINARY, spec, placement, environ={}, api_key="k", state_dir=Path("s"), devices=names
+    )
+    assert env["MTMD_BACKEND_DEVICE"] == "Vulkan2"
+
+
+def test_stray_variables_of_ours_do_not_reach_a_server() -> None:
+    stray = {
+        "LLAMA_ARG_CTX_SIZE": "1",
+        "GGML_VK_VISIBLE_DEVICES": "3",
+        "CUDA_VISIBLE_DEVICES": "7",
+        "MTMD_BACKEND_DEVICE": "CUDA7",
+        "PATH": "/bin",
+    }
+    spec = spec_of(env={"GGML_CUDA_FORCE_MMQ": "1"})
+    env = environment(
+        BINARY, spec, placement_on("GPU-b"), environ=stray, api_key="k", state_dir=Path("s")
+    )
+    assert env == {
+        "PATH": "/bin",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": "GPU-b",
+        "GGML_CUDA_FORCE_MMQ": "1",
+        "LLAMA_API_KEY": "k",
+        "SMARTPROXY_OWNER": "s",
+    }

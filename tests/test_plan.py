@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from smartproxy.manager.plan import explain, plan
-from smartproxy.types import GIB, Decision, Hold, ServerState
+from smartproxy.types import GIB, Decision, Hold, ServerState, Strategy
 from tests import worlds
 from tests.worlds import NOW, gpu, load, server, snapshot
 
@@ -55,6 +55,19 @@ def test_gpu_in_use_by_others_comes_second() -> None:
     gpus = [gpu(0, 12), gpu(1, 24, utilization=80)]
     assert gpus_of(plan(snapshot(gpus, loads=[load("m", 8)]))) == [0]
     assert gpus_of(plan(snapshot(gpus, loads=[load("m", 20)]))) == [1]
+
+
+def test_slices_of_a_gpu_take_whole_models_only() -> None:
+    slices = [gpu(index, 20, mig=True) for index in (1000, 1001)]
+    assert gpus_of(plan(snapshot(slices, loads=[load("m", 15)]))) == [1000]
+    refused = only(plan(snapshot(slices, loads=[load("m", 30)])), "refuse")
+    assert "needs 30.0 GB, largest set of GPUs has 20.0 GB (1 GPU, headroom taken off)" in refused
+    # whole GPUs beside them are split over without them
+    gpus = [*slices, gpu(0, 18), gpu(1, 18)]
+    assert sorted(gpus_of(plan(snapshot(gpus, loads=[load("m", 30)])))) == [0, 1]
+    spread = load("m", 12, strategy=Strategy.DISTRIBUTE)
+    assert sorted(gpus_of(plan(snapshot(gpus, loads=[spread])))) == [0, 1]
+    assert len(gpus_of(plan(snapshot(slices, loads=[spread])))) == 1
 
 
 def test_promise_not_yet_visible_counts_as_used() -> None:

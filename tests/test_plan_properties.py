@@ -87,6 +87,8 @@ def fits_over(world: Snapshot, load: WaitingLoad, count: int, free: dict[str, in
     """Return whether any `count` allowed GPUs can hold the model, biggest first; by trying all."""
     context = load.need.context_size or 4096
     cards = sorted(allowed(world, load), key=lambda g: -free[g.uuid])
+    if count > 1:
+        cards = [card for card in cards if not card.mig]
     return any(
         fits_on(load, counts, [free[card.uuid] for card in chosen], context)
         for chosen in combinations(cards, count)
@@ -163,6 +165,15 @@ def test_model_goes_only_where_its_policy_allows(world: Snapshot) -> None:
 
 
 @generated
+@given(worlds())
+def test_a_slice_of_a_gpu_is_never_one_of_several(world: Snapshot) -> None:
+    slices = {gpu.uuid for gpu in world.gpus or () if gpu.mig}
+    for start in plan(world).starts:
+        uuids = {share.uuid for share in start.placement.gpus}
+        assert len(uuids) == 1 or not uuids & slices
+
+
+@generated
 @given(st.one_of(split_worlds(), worlds(max_loads=1)))
 def test_one_gpu_whenever_one_fits_and_never_more_than_needed(world: Snapshot) -> None:
     load = world.loads[0]
@@ -181,7 +192,8 @@ def test_fits_means_start_and_nothing_is_evicted_then(world: Snapshot) -> None:
     assume(on_gpu(load) and len(world.servers) < world.settings.pool_size)
     least = 1
     if load.policy.strategy is Strategy.DISTRIBUTE and (load.policy.max_gpus or 99) > 1:
-        least = min(2, len(allowed(world, load)), layers_of(load))
+        whole_cards = [card for card in allowed(world, load) if not card.mig]
+        least = min(2, len(whole_cards), layers_of(load))
     counts = range(max(1, least), min(load.policy.max_gpus or 99, len(allowed(world, load))) + 1)
     free = free_bytes(world)
     leaving = tuple(one.server_id for one in world.servers if one.state in LEAVING)

@@ -236,6 +236,7 @@ def gpus(draw: st.DrawFn, min_size: int = 1, max_size: int = 4) -> tuple[Gpu, ..
                 strangers,
                 utilization=draw(st.sampled_from([0.0, 10.0, 90.0])),
                 error=draw(st.sampled_from([None] * 9 + ["lost"])),
+                mig=draw(st.sampled_from([False] * 6 + [True])),
             )
         )
     return tuple(made)

@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smartproxy.errors import SmartProxyError
 from smartproxy.manager import freed, process, record
 from smartproxy.manager.bring_down import drain, take_down
-from smartproxy.manager.bring_up import bring_up, free_port
+from smartproxy.manager.bring_up import argv_of, bring_up, free_port
 from smartproxy.manager.core import Manager
-from smartproxy.manager.launch import command
 from smartproxy.manager.loaded import loaded_of, options_key, settings_key
 from smartproxy.state import counts, demand, fleet
 from smartproxy.state.demand import Demand
@@ -33,7 +33,10 @@ def carry_out(manager: Manager, decision: Decision, demands: list[Demand], now: 
     for eviction in decision.evictions:
         evict(manager, eviction, now)
     for start_ in decision.starts:
-        start(manager, start_, now)
+        try:
+            start(manager, start_, now)
+        except SmartProxyError as error:  # no port, no such device, the file has just gone
+            manager.failed(start_.model_id, error.code, str(error))
     for refusal in decision.refusals:
         manager.preload.discard(refusal.model_id)
         _answer(manager, demands, refusal.model_id, refusal.code, refusal.message, now)
@@ -85,7 +88,7 @@ def start(manager: Manager, decided: Start, now: float) -> None:
     layout, estimate = placement.layout, placement.estimate
     port = free_port(manager)
     loaded = loaded_of(manager.store, spec)
-    argv = command(manager.binary, spec, placement, port=port, loaded=loaded)
+    argv = argv_of(manager, spec, placement, port)
     options = options_key(spec, loaded, manager.binary.build)
     columns = {
         "model_id": spec.id,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smartproxy.errors import ConfigError
+from smartproxy.types import MIB
 
 #: packages that carry a prebuilt llama-server, with its place inside
 PACKAGES = {
@@ -24,6 +25,16 @@ PACKAGES = {
     "llama_cpp": "bin/llama-server",
 }
 ASK_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A GPU as the binary lists it."""
+
+    #: as --device wants it: "CUDA0", "Vulkan1"
+    name: str
+    description: str
+    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +48,8 @@ class Binary:
     library_dir: Path | None
     #: --log-verbosity at which it prints its buffers; None for builds that print them anyway
     trace_verbosity: int | None
-    #: backend names in its own order, e.g. ("CUDA0", "CUDA1"); empty without a device
-    devices: tuple[str, ...]
+    #: in its own order; empty without one
+    devices: tuple[Device, ...]
 
 
 def find(configured: Path | None, search_path: str | None) -> tuple[Path, Path | None]:
@@ -79,7 +90,16 @@ def inspect(path: Path, library_dir: Path | None, environ: Mapping[str, str]) ->
         build=found.group(1).strip() if found else "unknown",
         library_dir=library_dir,
         trace_verbosity=int(trace.group(1)) if trace else None,
-        devices=tuple(re.findall(r"^\s+(\w+\d+): ", _ask(path, "--list-devices", env), re.M)),
+        devices=_devices(_ask(path, "--list-devices", env)),
+    )
+
+
+def _devices(listed: str) -> tuple[Device, ...]:
+    """Read lines like `  Vulkan0: NVIDIA GeForce RTX 3070 (8192 MiB, 8000 MiB free)`."""
+    found = re.findall(r"^\s+(\w+\d+): (.*) \((\d+) MiB, \d+ MiB free\)", listed, re.M)
+    return tuple(
+        Device(name=name, description=description, total_bytes=int(mib) * MIB)
+        for name, description, mib in found
     )
 
 
@@ -91,7 +111,7 @@ def child_environment(environ: Mapping[str, str], library_dir: Path | None) -> d
     env = {
         name: value
         for name, value in environ.items()
-        if not name.startswith(("LLAMA_", "GGML_", "CUDA_", "SMARTPROXY_PARENT"))
+        if not name.startswith(("LLAMA_", "GGML_", "CUDA_", "MTMD_", "SMARTPROXY_PARENT"))
     }
     if library_dir is not None:
         rest = env.get("LD_LIBRARY_PATH")

@@ -22,6 +22,7 @@ from smartproxy.manager.core import Manager
 from smartproxy.manager.launch import command, environment
 from smartproxy.manager.loaded import loaded_of
 from smartproxy.manager.out_of_memory import Lacking
+from smartproxy.manager.pinning import device_names
 from smartproxy.manager.process import Child
 from smartproxy.manager.reasons import gb
 from smartproxy.manager.shortage import OutOfGpuMemory
@@ -69,19 +70,30 @@ def resume(manager: Manager, server_id: int, spec: ModelSpec) -> None:
         manager.poke()
 
 
+def argv_of(manager: Manager, spec: ModelSpec, placement: Placement, port: int) -> list[str]:
+    """Return a server's command line. Raises LoadFailed or MetadataError: why there is none."""
+    return command(
+        manager.binary,
+        spec,
+        placement,
+        port=port,
+        loaded=loaded_of(manager.store, spec),
+        devices=_devices(manager, placement),
+    )
+
+
+def _devices(manager: Manager, placement: Placement) -> tuple[str, ...]:
+    gpus = manager.gpus.gpus if manager.gpus else ()
+    return device_names(manager.binary.devices, gpus, placement.gpus)
+
+
 def _start_and_wait(
     manager: Manager, server_id: int, spec: ModelSpec, placement: Placement
 ) -> None:
     for left in reversed(range(PORT_TRIES)):
         row = fleet.server(manager.store, server_id)
         child = process.spawn(
-            command(
-                manager.binary,
-                spec,
-                placement,
-                port=row["port"],
-                loaded=loaded_of(manager.store, spec),
-            ),
+            argv_of(manager, spec, placement, row["port"]),
             environment(
                 manager.binary,
                 spec,
@@ -89,6 +101,7 @@ def _start_and_wait(
                 environ=os.environ,
                 api_key=row["api_key"],
                 state_dir=manager.settings.state_dir,
+                devices=_devices(manager, placement),
             ),
             Path(row["log_path"]),
         )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from smartproxy.manager import reasons, shapes
 from smartproxy.manager.ledger import LEAVING, overhead_bytes
 from smartproxy.manager.make_room import make_room
-from smartproxy.manager.place import Wish, capacities, find, sites_for
+from smartproxy.manager.place import Wish, capacities, find, most_gpus, sites_for, splittable
 from smartproxy.manager.sizes import Sizes
 from smartproxy.manager.work import (
     Verdict,
@@ -135,12 +135,13 @@ def _out_of_reach(work: Work, load: WaitingLoad, wish: Wish, reach: list[int]) -
 
 def _needed(machine: Wish, empty: list[int]) -> tuple[int, int, int]:
     """Return bytes needed over the largest set of GPUs, overhead included, its bytes and size."""
-    count = min(machine.max_gpus, len(machine.sites), machine.shape.gpu_layers)
-    largest = sorted(machine.sites, key=lambda site: -empty[site.position])[:count]
+    count = max(1, most_gpus(machine))
+    sites = splittable(machine.sites) if count > 1 else machine.sites
+    largest = sorted(sites, key=lambda site: -empty[site.position])[:count]
     sizes, shape = machine.sizes, machine.shape
     if count < 2:
         needed = sizes.single_bytes(shape)
     else:
         needed = sizes.layer_sums(shape)[-1] + sum(sizes.fixed_bytes(shape, count))
     needed += sum(site.overhead_bytes for site in largest)
-    return needed, sum(empty[site.position] for site in largest), count
+    return needed, sum(empty[site.position] for site in largest), len(largest)

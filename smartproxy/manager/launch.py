@@ -7,7 +7,7 @@ changing the plan. Extra arguments that say such a thing are in those options, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from smartproxy.catalog import ModelSpec
@@ -19,9 +19,18 @@ from smartproxy.types import EstimateOptions, Placement
 
 
 def command(
-    binary: Binary, spec: ModelSpec, placement: Placement, *, port: int, loaded: Loaded
+    binary: Binary,
+    spec: ModelSpec,
+    placement: Placement,
+    *,
+    port: int,
+    loaded: Loaded,
+    devices: Sequence[str] = (),
 ) -> list[str]:
-    """Return argv for a model in a placement on a port of the loopback interface."""
+    """Return argv for a model in a placement on a port of the loopback interface.
+
+    devices: the names of the placement's GPUs, where the environment alone does not choose them.
+    """
     layout, extra = placement.layout, read_args(spec.args)
     assert spec.path is not None  # a model without a file never gets a placement
     flags: list[str] = [
@@ -30,7 +39,7 @@ def command(
         *("--ctx-size", str(layout.context_size), "--parallel", str(spec.parallel)),
         "--kv-unified" if spec.kv_unified else "--no-kv-unified",
         *memory_flags(loaded.options),
-        *device_flags(placement),
+        *device_flags(placement, devices),
     ]
     if layout.cpu_moe_layers:
         flags += ["--n-cpu-moe", str(layout.cpu_moe_layers)]
@@ -38,8 +47,11 @@ def command(
         flags += ["--embedding"]
     if spec.mmproj and extra.projector:
         flags += ["--mmproj", str(spec.mmproj)]
-        flags += [] if extra.projector_offload else ["--no-mmproj-offload"]
+        offloaded = extra.projector_offload and placement.gpus
+        flags += [] if offloaded else ["--no-mmproj-offload"]
     flags += _draft_flags(binary, spec, placement, (loaded, extra))
+    if loaded.draft is not None and devices:
+        flags += ["--device-draft", ",".join(devices)]
     # what older builds don't know is left out: they behave that way without being told
     flags += _if_known(binary, "--fit", "off")
     flags += _if_known(binary, "--offline")
@@ -83,12 +95,13 @@ def _draft_flags(
     return flags
 
 
-def device_flags(placement: Placement) -> list[str]:
+def device_flags(placement: Placement, devices: Sequence[str] = ()) -> list[str]:
     """Return the flags for the GPUs and layers of a placement."""
     if not placement.gpus:
         # without `--device none` a GPU build keeps a compute buffer on the GPU even at 0 layers
         return ["--device", "none", "--n-gpu-layers", "0"]
-    flags = ["--n-gpu-layers", str(placement.layout.gpu_layers)]
+    flags = ["--device", ",".join(devices)] if devices else []
+    flags += ["--n-gpu-layers", str(placement.layout.gpu_layers)]
     if len(placement.gpus) == 1:
         return [*flags, "--split-mode", "none", "--main-gpu", "0"]
     shares = ",".join(f"{share:g}" for share in placement.layout.tensor_split)
@@ -107,11 +120,14 @@ def environment(
     environ: Mapping[str, str],
     api_key: str,
     state_dir: Path,
+    devices: Sequence[str] = (),
 ) -> dict[str, str]:
     """Return the child's environment: ours, scrubbed, with its GPUs by UUID in NVML's order."""
     env = child_environment(environ, binary.library_dir)
     env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     env["CUDA_VISIBLE_DEVICES"] = ",".join(share.uuid for share in placement.gpus)
+    if devices:
+        env["MTMD_BACKEND_DEVICE"] = devices[0]  # a projector does not go by --device
     env["LLAMA_API_KEY"] = api_key  # not on the command line, where every user could read it
     env[OWNER_VARIABLE] = str(state_dir)
     env.update(spec.env)

@@ -129,7 +129,7 @@ def _distribute(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...
     if not several_allowed(wish):
         yield from _alone(wish, wish.sites, capacity)
         return
-    for sites in (_vacant(wish), wish.sites):
+    for sites in (_vacant(wish), splittable(wish.sites)):
         order = _biggest_first(sites, capacity)
         for count in range(min(wish.max_gpus, len(sites)), 1, -1):
             yield order[:count]
@@ -144,7 +144,17 @@ STRATEGIES: Mapping[Strategy, Sets] = {
 
 def several_allowed(wish: Wish) -> bool:
     """Return whether the model may be split at all."""
-    return min(wish.max_gpus, len(wish.sites), wish.shape.gpu_layers) > 1
+    return most_gpus(wish) > 1
+
+
+def most_gpus(wish: Wish) -> int:
+    """Return over how many GPUs the model may be split; 1 or less: not at all."""
+    return min(wish.max_gpus, len(splittable(wish.sites)), wish.shape.gpu_layers)
+
+
+def splittable(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Return the sites that may be one of several: a process sees one slice (MIG) of one GPU."""
+    return tuple(site for site in sites if not site.gpu.mig)
 
 
 def _alone(
@@ -157,7 +167,7 @@ def _alone(
 def _fewest(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
     if not several_allowed(wish):
         return
-    everywhere = _biggest_first(wish.sites, capacity)
+    everywhere = _biggest_first(splittable(wish.sites), capacity)
     vacant = _biggest_first(_vacant(wish), capacity)
     layers = wish.sizes.layer_sums(wish.shape)[-1]
     for count in range(2, min(wish.max_gpus, len(everywhere)) + 1):
@@ -170,7 +180,7 @@ def _fewest(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
 
 
 def _vacant(wish: Wish) -> tuple[Site, ...]:
-    return tuple(site for site in wish.sites if site.vacant)
+    return tuple(site for site in splittable(wish.sites) if site.vacant)
 
 
 def _biggest_first(sites: Sequence[Site], capacity: Sequence[int]) -> tuple[Site, ...]:
