@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, SmartProxyError, from_code
 from smartproxy.lifetime import worker_id
+from smartproxy.proxy.moves import Moves
 from smartproxy.proxy.relay import Grant
 from smartproxy.settings import Settings
 from smartproxy.state import demand
@@ -30,8 +31,8 @@ from smartproxy.state.store import Store
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-#: how often a waiting request looks whether the file has moved; a look costs microseconds
-LOOK_EVERY_S = 0.003
+#: a waiting request looks at its deadlines this often, whether the file moves or not
+LOOK_ANYWAY_S = 0.25
 #: routes may be this old: a server that is leaving waits for its leases, and no lease is written
 #: on one that is no longer ready, so that this is only a matter of asking less often
 ROUTES_OLD_S = 0.001
@@ -53,6 +54,7 @@ class Broker:
         self._store = store
         self._settings = settings
         self._worker = worker_id()
+        self._moves = Moves(store)
         self._routes: dict[str, Route] = {}
         self._generation = -1
         self._data_version = -1
@@ -220,22 +222,20 @@ class Broker:
     ) -> None:
         limit_s = self._settings.longest_wait_s(model_id)
         deadline = time.monotonic() + limit_s
-        seen, silent_since = -1, None
+        silent_since = None
         while True:
-            version = self._store.data_version()
-            if version != seen:
-                seen = version
-                self._refresh()
-                if self._ready_route(model_id, avoid_server_id):
-                    return
-                self._raise_answer(demand_id)
+            version = self._moves.version()
+            self._refresh()
+            if self._ready_route(model_id, avoid_server_id):
+                return
+            self._raise_answer(demand_id)
             now = time.monotonic()
             if now > avoid_until and avoid_server_id is not None:
                 return
             if now > deadline:
                 raise LoadTimeout(f"model '{model_id}' was not ready after {limit_s:.0f} s")
             silent_since = self._check_manager(model_id, now, silent_since)
-            await asyncio.sleep(LOOK_EVERY_S)
+            await self._moves.after(version, within_s=LOOK_ANYWAY_S)
 
     def _raise_answer(self, demand_id: int) -> None:
         answer = demand.read_answers(self._store, [demand_id]).get(demand_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,13 @@ from typing import Any
 BUSY_TIMEOUT_S = 10.0
 #: pages after which a writer moves the WAL back into the file (4 MB)
 WAL_PAGES = 1000
+#: SQLite begins the WAL anew only while nobody reads from it, which under load may be never; past
+#: this a writer waits for the readers
+WAL_LIMIT_BYTES = 8 << 20
+#: seconds it waits; reads take microseconds, and who holds one open for long is not worth more
+TRIM_TIMEOUT_S = 0.1
+#: after a try that failed, this many times as long as it took passes before the next
+TRIM_REST = 10
 
 Row = sqlite3.Row
 
@@ -28,6 +36,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._local = threading.local()
+        self._log_path = path.with_name(path.name + "-wal")
+        self._trim_not_before = 0.0
 
     def read(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
         """Return all rows of one SELECT."""
@@ -52,6 +62,22 @@ class Store:
             connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
+        self._bound_log(connection)
+
+    def _bound_log(self, connection: sqlite3.Connection) -> None:
+        try:
+            size = self._log_path.stat().st_size
+        except FileNotFoundError:
+            return
+        began = time.monotonic()
+        if size < WAL_LIMIT_BYTES or began < self._trim_not_before:
+            return
+        connection.execute(f"PRAGMA busy_timeout = {TRIM_TIMEOUT_S * 1000:.0f}")
+        # fails at once while another process moves pages, which SQLite lets nobody wait for
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000:.0f}")
+        now = time.monotonic()
+        self._trim_not_before = now + (now - began) * TRIM_REST
 
     def data_version(self) -> int:
         """Return a number that moves when another connection has written. Costs microseconds."""
@@ -111,6 +137,6 @@ def connect(path: Path) -> sqlite3.Connection:
     # survives a crash of any process; a power cut may lose the last commits, which are rebuilt
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
-    connection.execute("PRAGMA journal_size_limit = 16777216")
+    connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
