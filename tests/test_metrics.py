@@ -220,6 +220,12 @@ def test_counts_outlive_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.servers
+def test_the_time_of_the_last_decision_is_told_once_there_was_one(store: Store) -> None:
+    assert value(seen(store), "decision_seconds") is None
+    fleet.update_manager(store, {"decision_s": 0.002})
+    assert value(seen(store), "decision_seconds") == 0.002
+
+
 def test_metrics_want_a_key_where_requests_do(tmp_path: Path) -> None:
     with running(tmp_path, {"m": fake_model()}, api_keys=["sesame"]) as proxy:
         assert requests.get(f"{proxy.url}/metrics").status_code == 401

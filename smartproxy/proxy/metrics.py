@@ -162,3 +162,10 @@ def manager(store: Store) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "smartproxy_queue_length", "Requests that wait for a model to load.", value=waiting["n"]
     )
+    decided = fleet.manager_row(store)["decision_s"]
+    if decided is not None:
+        yield GaugeMetricFamily(
+            "smartproxy_decision_seconds",
+            "Seconds that the manager's last decision took: to look at the books and to plan.",
+            value=decided,
+        )
