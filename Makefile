@@ -1,12 +1,13 @@
-# make run | test | test-fast | setup | lint | clean. Everything lands inside this folder.
+# make run | test | test-fast | setup | lint | gpu-check | soak MINUTES=n | clean. Everything lands inside this folder.
 HOST ?= 127.0.0.1
 PORT ?= 8000
+MINUTES ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: run setup test test-fast lint clean
+.PHONY: run setup test test-fast lint gpu-check soak clean
 
 run: setup
 	exec $(BIN)/smartproxy serve --config config.json --host $(HOST) --port $(PORT)
@@ -44,6 +45,15 @@ test-fast: setup $(VENV)/.tests lint
 
 test: setup $(VENV)/.tests lint
 	$(BIN)/python -m pytest
+
+# real NVML: fails where there is no GPU
+gpu-check: setup $(VENV)/.tests
+	SMARTPROXY_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
+
+# /health asked all the time while models load, crash and make room; a day: MINUTES=1440
+soak: setup $(VENV)/.tests
+	mkdir -p .bench
+	$(BIN)/python -m bench.soak --minutes $(MINUTES) --json .bench/soak.json
 
 clean:
 	rm -rf $(VENV) models state .bench build *.egg-info

@@ -21,6 +21,9 @@ from smartproxy.proxy.ensure import send_poke
 from smartproxy.settings import Settings
 from smartproxy.state.store import Store
 
+#: a look at the GPUs that is no older needs no other
+FRESH_S = 0.25
+
 
 def blueprint(settings: Settings, store: Store, counting: RequestCounts) -> Blueprint:
     """Return the routes."""
@@ -32,14 +35,14 @@ def blueprint(settings: Settings, store: Store, counting: RequestCounts) -> Blue
 
     @monitoring.get("/health")
     def health() -> Response:
-        send_poke(settings.state_dir, b"look")
         body = _read(lambda: view.health(store, settings), _health_without_file(settings))
+        _ask_for_look(body["observed_age"], settings)
         return _answer(body, tables.health)
 
     @monitoring.get("/status")
     def whole_status() -> Response:
-        send_poke(settings.state_dir, b"look")
         body = _read(lambda: status.status(store, settings), {"gpus": [], "queue": []})
+        _ask_for_look(body["observed_age"], settings)
         return _answer(body, tables.status)
 
     @monitoring.get("/metrics")
@@ -56,6 +59,12 @@ def blueprint(settings: Settings, store: Store, counting: RequestCounts) -> Blue
         return Response(openapi_json(), mimetype="application/json")
 
     return monitoring
+
+
+def _ask_for_look(age_s: float | None, settings: Settings) -> None:
+    """Have the manager look at the GPUs again, unless it just did: polling costs it little."""
+    if age_s is None or age_s > FRESH_S:
+        send_poke(settings.state_dir, b"look")
 
 
 @cache

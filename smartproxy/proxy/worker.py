@@ -40,6 +40,8 @@ STOPPING_TICK_S = 0.05
 NEIGHBOURS_TURN_S = 0.001
 #: requests up to this are handled in the loop where their path hands over; more would hold it up
 MAX_INLINE_BYTES = 131072
+#: answered in the loop too: in about a millisecond, and also when every thread waits for a load
+QUICK_PATHS = frozenset({"/health"})
 
 
 class RelayWorker(HandlingWorker):
@@ -192,7 +194,8 @@ class RelayWorker(HandlingWorker):
                 return
             if len(head) + len(body) <= MAX_INLINE_BYTES:
                 target = head.split(b" ", 2)[1:2]
-                if target and target[0].partition(b"?")[0].decode("latin-1") in self._inline_paths:
+                path = target[0].partition(b"?")[0].decode("latin-1") if target else ""
+                if path in self._inline_paths or path in QUICK_PATHS:
                     self._handle_here(reception)
                     return
         reception.channel.read(False)
