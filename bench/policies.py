@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from bench.simulator import Policy, load_s
 from bench.traces import Trace
+from smartproxy.manager import evict
 from smartproxy.manager.plan import plan
 from smartproxy.manager.work import Cost
 from smartproxy.types import GIB, Decision, RunningServer, ServerState, Snapshot
@@ -105,23 +106,32 @@ def told_popularity(trace: Trace) -> Policy:
 
     def cost(server: RunningServer, now: float) -> float:
         model = int(server.model_id)
-        return load_s(trace.sizes[model]) * trace.popularity(now)[model]
+        return _price(trace.sizes[model]) * trace.popularity(now)[model]
 
     return lambda snapshot: plan(snapshot, cost=cost)
 
 
 def belady(trace: Trace) -> Policy:
-    """Knows the future: what a victim costs is its load time by the time to its next request."""
+    """Knows the future: Belady's rule on sizes.
+
+    Whoever is asked for again last goes first; what a victim costs is our formula with the squared
+    inverse of the time to its next request for a rate, the best of those we tried.
+    """
     arrivals = _arrivals(trace)
 
     def cost(server: RunningServer, now: float) -> float:
-        times = arrivals[int(server.model_id)]
-        index = bisect_right(times, now)
-        if index == len(times):
-            return 1e-9
-        return load_s(trace.sizes[int(server.model_id)]) / (times[index] - now + 1e-3)
+        model = int(server.model_id)
+        next_at = bisect_right(arrivals[model], now)
+        if next_at == len(arrivals[model]):
+            return 1e-12
+        return _price(trace.sizes[model]) / (arrivals[model][next_at] - now + 1e-3) ** 2
 
     return lambda snapshot: plan(snapshot, cost=cost)
+
+
+def _price(size: int) -> float:
+    """Return evict.cost's part that does not depend on use."""
+    return (evict.SWAP_S + load_s(size)) / (size / GIB) ** evict.SIZE_EXPONENT
 
 
 def _arrivals(trace: Trace) -> dict[int, list[float]]:

@@ -14,12 +14,18 @@ from random import Random
 
 from smartproxy.types import GIB
 
-DAY_S = 86_400.0
+#: a day is shortened to four hours, or no trace would see a night
+DAY_S = 4 * 3600.0
 #: what models of 1 to 70 billion weights take on a GPU, quantized, with their context
 SIZES_GB = (0.7, 1.2, 2.0, 2.8, 3.5, 5.0, 5.6, 6.5, 8.2, 9.4, 11.0, 14.0, 17.5, 20.0, 27.0, 36.0)
 #: of the machine's memory, what its models would take if all were loaded
 CROWDING = 3.0
 ZIPF = 0.9
+
+#: (time, model) without end, in order but for what one conversation or burst spans
+Asks = Iterator[tuple[float, int]]
+#: each model's share of the requests at a time
+Popularity = Callable[[float], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +49,8 @@ class Trace:
     sizes: tuple[int, ...]
     #: in order of time
     requests: tuple[Request, ...]
-    #: by model: its chance to be asked for at a time, for a policy that is told
-    popularity: Callable[[float], Sequence[float]]
-
-
-#: (model, time) without end, in no order beyond about an hour
-Asks = Iterator[tuple[float, int]]
+    #: for a policy that is told
+    popularity: Popularity
 
 
 def make(kind: str, cards_gb: Sequence[int], seed: int, count: int) -> Trace:
@@ -70,7 +72,7 @@ def make(kind: str, cards_gb: Sequence[int], seed: int, count: int) -> Trace:
 
 
 def _sizes(random: Random, cards_gb: Sequence[int]) -> tuple[int, ...]:
-    """Return models that together want three times the memory; none wants more than half of it."""
+    """Return models that want three times the memory together; each fits, some only split."""
     total, sizes = sum(cards_gb), list[float]()
     fitting = [size for size in SIZES_GB if size <= max(0.6 * total, max(cards_gb) * 0.8)]
     while sum(sizes) < CROWDING * total:
@@ -97,12 +99,10 @@ def _draw(random: Random, weights: Sequence[float]) -> int:
 
 # --- kinds -----------------------------------------------------------------------------------
 
-Kind = Callable[[Random, list[int], float], tuple[Callable[[float], Sequence[float]], Asks]]
+Kind = Callable[[Random, list[int], float], tuple[Popularity, Asks]]
 
 
-def _independent(
-    random: Random, ranks: list[int], every_s: float
-) -> tuple[Callable[[float], Sequence[float]], Asks]:
+def _independent(random: Random, ranks: list[int], every_s: float) -> tuple[Popularity, Asks]:
     """Each request is drawn by itself."""
     weights = _zipf(ranks)
 
@@ -125,9 +125,7 @@ def _conversation(random: Random, start: float, model: int) -> Asks:
         now += random.expovariate(1 / 30)
 
 
-def _conversations(
-    random: Random, ranks: list[int], every_s: float
-) -> tuple[Callable[[float], Sequence[float]], Asks]:
+def _conversations(random: Random, ranks: list[int], every_s: float) -> tuple[Popularity, Asks]:
     """Models are asked for again and again for minutes, then left."""
     weights = _zipf(ranks)
 
@@ -140,9 +138,7 @@ def _conversations(
     return lambda _: weights, asks()
 
 
-def _bursts(
-    random: Random, ranks: list[int], every_s: float
-) -> tuple[Callable[[float], Sequence[float]], Asks]:
+def _bursts(random: Random, ranks: list[int], every_s: float) -> tuple[Popularity, Asks]:
     """Independent requests, and now and then forty of one model, any one, in two minutes."""
     weights = _zipf(ranks)
 
@@ -159,9 +155,7 @@ def _bursts(
     return lambda _: weights, asks()
 
 
-def _day_and_night(
-    random: Random, ranks: list[int], every_s: float
-) -> tuple[Callable[[float], Sequence[float]], Asks]:
+def _day_and_night(random: Random, ranks: list[int], every_s: float) -> tuple[Popularity, Asks]:
     """By day conversations, many of them; by night batches, with other models."""
     day, night = _zipf(ranks), _zipf(random.sample(ranks, len(ranks)))
 
@@ -185,9 +179,7 @@ def _day_and_night(
     return popularity, asks()
 
 
-def _drift(
-    random: Random, ranks: list[int], every_s: float
-) -> tuple[Callable[[float], Sequence[float]], Asks]:
+def _drift(random: Random, ranks: list[int], every_s: float) -> tuple[Popularity, Asks]:
     """Conversations; every twenty minutes some model becomes the most popular one."""
     eras = [_zipf(ranks)]
     for _ in range(1000):
@@ -207,9 +199,7 @@ def _drift(
     return popularity, asks()
 
 
-def _tasks(
-    random: Random, ranks: list[int], every_s: float
-) -> tuple[Callable[[float], Sequence[float]], Asks]:
+def _tasks(random: Random, ranks: list[int], every_s: float) -> tuple[Popularity, Asks]:
     """Tasks call two to four models in turn, several times over: plan, search, write, check."""
     teams = [random.sample(range(len(ranks)), random.randint(2, 4)) for _ in ranks]
     shares = _zipf(random.sample(range(len(teams)), len(teams)))

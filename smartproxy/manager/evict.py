@@ -3,21 +3,24 @@
 Input: a wish, what each GPU can give, and servers that may be chosen, each with a cost. Output: a
 set of victims every one of which is necessary, or None. Pure.
 
-What a victim costs is the time that its model's requests are expected to wait for it to come back:
+What a victim costs is the time that its model's requests are expected to wait for it to come back,
+per second from now on:
 
-    cost = (SWAP_S + reload_s) * (requests/s expected soon)
+    cost = (SWAP_S + reload_s) * (requests/s expected) / GB^0.2
 
-`reload_s` is how long it took to load (where unknown, its bytes at _BYTES_PER_S), SWAP_S what any
-swap costs beside: stopping, waiting for the memory, starting a process. That is why size counts by
-load time and not by itself: how much room a victim makes is decided by the search, which never pays
-for more room than it needs. The rate is the mean of what two views of its past predict:
+`reload_s` is how long it took to load (where unknown, its bytes at _BYTES_PER_S). SWAP_S stands for
+what a swap costs whatever the size: stopping, waiting for the memory, starting, and the prompts it
+had in its cache. The rate is the mean of what two views of its past predict:
 
-- the decayed count of its requests, over the window that count covers (how much it is used; a
-  request that generated much counts for more than one);
-- one request more, over the time since the last one (how long it has been silent).
+- the decayed count of its requests over the window that count covers: how much it is used (tokens
+  count too: TOKENS_PER_REQUEST of them as one request);
+- one request over the time since the last one: how long it has been silent.
 
-Both fall as a model stays silent, so among servers alike in load time and use the cheapest is the
-least recently used.
+Both fall as a model stays silent, so among servers alike in load time, size and use the cheapest is
+the least recently used. How much room is needed is the search's business, which adds up costs until
+it is enough; dividing by a little of the size is for what it can't see: room left over spares the
+next load an eviction. SWAP_S, the half-life and the exponent were chosen on simulated traces
+(`python -m bench.policy`; docs/placing.md says how, and what they are worth).
 """
 
 from __future__ import annotations
@@ -32,14 +35,17 @@ from smartproxy.manager.place import Wish, find, several_allowed
 from smartproxy.types import GIB, RunningServer, Strategy
 
 #: seconds in which recent_requests and recent_tokens fall to half; who fills them must use it
-HALF_LIFE_S = 600.0
-#: seconds that a swap takes beside the load itself
-SWAP_S = 2.0
+HALF_LIFE_S = 3600.0
+#: seconds that a swap costs beside the load itself
+SWAP_S = 20.0
 #: tokens that weigh like one request more
 TOKENS_PER_REQUEST = 2000.0
 #: a server used this moment is not infinitely dear
-_SILENCE_FLOOR_S = 1.0
+_SILENCE_FLOOR_S = 5.0
+#: nor is one without any memory of a GPU
+_LEAST_BYTES = GIB // 2
 _BYTES_PER_S = GIB
+SIZE_EXPONENT = 0.2
 
 #: exact search up to this many servers on one GPU: 4096 sets
 _EXACT_SERVERS = 12
@@ -58,14 +64,15 @@ class Victim:
 
 
 def cost(server: RunningServer, now: float) -> float:
-    """Return the seconds of waiting per second that a server's end is expected to bring about."""
+    """Return what a server's end costs (see above); comparable with others', no unit."""
     silent_s = max(0.0, now - server.last_used_at)
     used = server.recent_requests + server.recent_tokens / TOKENS_PER_REQUEST
     by_count = used * math.log(2) / HALF_LIFE_S
     by_silence = 1.0 / (_SILENCE_FLOOR_S + silent_s)
     held_bytes = sum(hold.reserved_bytes for hold in server.holds.values())
     reload_s = server.load_s or held_bytes / _BYTES_PER_S
-    return (SWAP_S + reload_s) * (by_count + by_silence) / 2
+    size = math.pow(max(held_bytes, _LEAST_BYTES) / GIB, SIZE_EXPONENT)
+    return (SWAP_S + reload_s) * (by_count + by_silence) / 2 / size
 
 
 def cheapest(
