@@ -18,6 +18,7 @@ from typing import Any
 import click
 from tabulate import tabulate
 
+from bench import estimate_xllamacpp as xllamacpp
 from smartproxy.manager.estimate import estimate
 from smartproxy.manager.kv_cache import cache_type
 from smartproxy.manager.metadata import from_json, read_metadata, to_json
@@ -27,14 +28,20 @@ from tests.measured_cases import Case, all_cases, metadata_of, scratch_folder
 
 TIMED = ("llama31-8b.Q4_K_M", "qwen25-7b.Q4_K_M", "gemma3-4b.Q4_K_M", "gptoss-20b.MXFP4")
 REPEATS = 30
+COLD_REPEATS = 9
 Predict = Callable[[Case, ModelMetadata], float]
 
 
 @click.command()
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write results here.")
-def main(json_file: Path | None) -> None:
+@click.option(
+    "--with-xllamacpp",
+    is_flag=True,
+    help="Install xllamacpp under .bench and ask it too (minutes).",
+)
+def main(json_file: Path | None, with_xllamacpp: bool) -> None:
     """Print accuracy and speed of the memory estimate."""
-    accuracy, speed = accuracy_rows(), speed_rows()
+    accuracy, speed = accuracy_rows(with_xllamacpp=with_xllamacpp), speed_rows()
     click.echo(tabulate(accuracy, headers="keys", floatfmt=".2f"))
     click.echo("")
     click.echo(tabulate(speed, headers="keys", floatfmt=".2f"))
@@ -42,7 +49,7 @@ def main(json_file: Path | None) -> None:
         json_file.write_text(json.dumps({"accuracy": accuracy, "speed": speed}, indent=2) + "\n")
 
 
-def accuracy_rows() -> list[dict[str, Any]]:
+def accuracy_rows(*, with_xllamacpp: bool = False) -> list[dict[str, Any]]:
     """Return error statistics, in percent of the device memory measured."""
     groups = {name: list(cases) for name, cases in _groups()}
     rows = [_errors(f"ours, {name}", cases, _ours) for name, cases in groups.items()]
@@ -50,6 +57,11 @@ def accuracy_rows() -> list[dict[str, Any]]:
     rows.append(_errors("file size + textbook KV", one_gpu, _textbook))
     rows.append(_errors("copied formula, width of the model", one_gpu, _copied_model_width))
     rows.append(_errors("copied formula, width of a head", one_gpu, _copied_head_width))
+    if with_xllamacpp:
+        told = dict(zip((case.name for case in one_gpu), xllamacpp.answers(one_gpu), strict=True))
+        answered = [case for case in one_gpu if told[case.name] is not None]
+        name = f"xllamacpp {xllamacpp.version()}"
+        rows.append(_errors(name, answered, lambda case, _: float(told[case.name] or 0)))
     return rows
 
 
@@ -58,8 +70,9 @@ def speed_rows() -> list[dict[str, Any]]:
     rows = []
     for name in TIMED:
         path = gguf_files.write(gguf_models.MODELS[name](), scratch_folder())
-        _forget_pages(path)
-        cold = _milliseconds(partial(read_metadata, path), repeats=1)
+        cold = _milliseconds(
+            partial(read_metadata, path), repeats=COLD_REPEATS, before=partial(_forget_pages, path)
+        )
         metadata = read_metadata(path)
         text = to_json(metadata)
         layout = Layout(tensor_split=(1.0,), gpu_layers=999, context_size=8192)
@@ -134,9 +147,15 @@ def _element_bytes(type_name: str) -> float:
     return block_bytes / block
 
 
-def _milliseconds(work: Callable[[], object], *, repeats: int = REPEATS) -> float:
+def _milliseconds(
+    work: Callable[[], object],
+    *,
+    repeats: int = REPEATS,
+    before: Callable[[], object] = lambda: None,
+) -> float:
     times = []
     for _ in range(repeats):
+        before()
         started = time.perf_counter()
         work()
         times.append(1000 * (time.perf_counter() - started))

@@ -79,11 +79,19 @@ def test_a_draft_models_context_is_summed_with_the_models_own() -> None:
     assert mib(drafting[HOST].weights_bytes) == 2 * 92.10
 
 
-def test_a_projectors_graph_comes_on_top_of_the_models() -> None:
-    # the name and form of the line are those of llama.cpp's tools/mtmd/clip.cpp
-    line = "0.01.120.001 I alloc_compute_meta:        CPU compute buffer size =    20.00 MiB"
-    measured = measured_buffers([*CPU.splitlines(), line])
-    assert mib(measured[HOST].compute_bytes) == round(15.51 + 0.38 + 20, 2)
+def test_a_projector_is_summed_with_the_models_own() -> None:
+    # b10068, a vision tower of 2 layers; on a GPU the same lines name it
+    lines = """\
+0.01.216.363 I clip_ctx: CLIP using CPU backend
+0.01.216.538 I load_hparams: model size:         52.16 MiB
+0.01.351.354 I reserve_compute_meta:        CPU compute buffer size =    19.32 MiB
+"""
+    host = measured_buffers([*CPU.splitlines(), *lines.splitlines()])[HOST]
+    assert mib(host.compute_bytes) == round(15.51 + 0.38 + 19.32, 2)
+    assert mib(host.weights_bytes) == round(92.10 + 52.16, 2)
+    gpu = measured_buffers([*VULKAN.splitlines(), *lines.replace("CPU", "Vulkan0").splitlines()])
+    assert mib(gpu["Vulkan0"].weights_bytes) == round(92.10 + 52.16, 2)
+    assert mib(gpu["Vulkan0"].compute_bytes) == round(13.26 + 19.32, 2)
 
 
 def test_a_log_without_buffer_lines_gives_nothing() -> None:

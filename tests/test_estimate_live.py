@@ -10,15 +10,17 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from smartproxy.manager.buffer_lines import HOST, measured_buffers
-from smartproxy.manager.estimate import estimate
+from smartproxy.manager.estimate import Loaded, estimate, predictor
 from smartproxy.manager.metadata import read_metadata
+from smartproxy.manager.projector import read_projector
 from smartproxy.types import MIB, DeviceBytes, EstimateOptions, FlashAttention, Layout
-from tests import gguf_files, gguf_shapes
+from tests import gguf_files, gguf_projectors, gguf_shapes
 from tests.measured_cases import REAL_MODEL, to_mib
 
 pytestmark = [pytest.mark.servers, pytest.mark.real]
@@ -146,6 +148,50 @@ def test_generated_models_of_other_shapes_take_what_was_predicted(
     predicted = estimate(read_metadata(model), options, layout).host
     assert predicted.kv_cache_bytes == pytest.approx(measured[HOST].kv_cache_bytes, abs=0.02 * MIB)
     assert_above(predicted, measured[HOST], most=1.25)
+
+
+@pytest.mark.parametrize("flash", [True, False], ids=["flash", "no-flash"])
+@pytest.mark.parametrize("heads", [8, 16], ids=["head-64", "head-32"])
+def test_a_projector_takes_what_was_predicted(heads: int, flash: bool, tmp_path: Path) -> None:
+    tower = gguf_projectors.Tower(image=336, width=512, heads=heads, inner=2048, out=576)
+    path = gguf_projectors.write(tower, tmp_path / "mmproj.gguf")
+    arguments = ("--device", "none", "-c", "2048", "-np", "1", "-fa", "on" if flash else "off")
+    arguments += ("--warmup",)  # the graph of a picture is reserved then
+    plain = buffers_of(REAL_MODEL, tmp_path, *arguments)[HOST]
+    measured = buffers_of(
+        REAL_MODEL, tmp_path, *arguments, "--mmproj", str(path), "--no-mmproj-offload"
+    )[HOST]
+    predicted = read_projector(path, flash=flash)
+    weights = measured.weights_bytes - plain.weights_bytes
+    assert predicted.weights_bytes == pytest.approx(weights, rel=0.01)
+    assert predicted.weights_bytes >= weights
+    graph = measured.compute_bytes - plain.compute_bytes
+    assert predicted.compute_bytes >= graph - ROUNDING_MIB * MIB
+    # on the CPU a head of 32 runs with flash attention, on a GPU without
+    if heads == 8 or not flash:
+        assert predicted.compute_bytes <= 1.5 * graph
+
+
+def test_a_draft_model_takes_what_was_predicted(tmp_path: Path) -> None:
+    drafts = ("-md", str(REAL_MODEL), "--device-draft", "none", "--gpu-layers-draft", "0")
+    measured = buffers_of(
+        REAL_MODEL,
+        tmp_path,
+        *("--device", "none", "-c", "2048", "-np", "2", "--kv-unified", "-fa", "on"),
+        *(*drafts, "--spec-type", "draft-simple"),
+    )
+    metadata = read_metadata(REAL_MODEL)
+    shared = EstimateOptions(parallel=2, kv_unified=True)
+    loaded = Loaded(
+        metadata=metadata,
+        options=replace(shared, draft_tokens=3),
+        draft=metadata,
+        draft_options=shared,
+    )
+    layout = Layout(tensor_split=(), gpu_layers=0, context_size=2048)
+    predicted = predictor(loaded)(layout).host
+    assert_exact(predicted, measured[HOST])
+    assert_above(predicted, measured[HOST], most=1.1)
 
 
 def generated(architecture: str, folder: Path) -> Path:

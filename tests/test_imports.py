@@ -19,7 +19,7 @@ PURE = (
     *("architectures", "compute_buffer", "buffer_lines", "learning", "extra_args"),
 )
 #: parts of manager that read GGUF files; they alone may use gguf
-METADATA = {"metadata", "gguf_header", "model_keys", "tensor_sums"}
+METADATA = {"metadata", "gguf_header", "model_keys", "tensor_sums", "projector"}
 CONFIG = {
     *("entities", "config", "legacy", "catalog"),
     *("settings", "setting_types", "flags", "config_errors", "scan", "gguf_kind"),

@@ -93,6 +93,29 @@ def test_a_vocabulary_that_looks_like_keys_is_walked(tmp_path: Path) -> None:
     assert parsed.keys["tokenizer.ggml.tokens"] == Counted(100)
 
 
+@pytest.mark.parametrize("token", ["", "a", "abcd", "x" * 30, "x" * 300])
+@pytest.mark.parametrize("what_follows", [True, False])
+def test_tokens_of_any_length_are_jumped_over_or_walked(
+    token: str, what_follows: bool, tmp_path: Path
+) -> None:
+    entries = [
+        (1, key_value("general.architecture", "llama")),
+        (1, key_value("llama.block_count", 3)),
+        (1, _string_array("tokenizer.ggml.tokens", [string(token)] * 5000)),
+        (1, _string_array("tokenizer.ggml.merges", [string(token)] * 3000)),
+    ]
+    if what_follows:
+        entries.append((1, key_value("tokenizer.ggml.bos_token_id", 7)))
+    tensors = [Tensor(name=name, dims=(32,), type=T.F32) for name in ("a", "token_embd.weight")]
+    path = tmp_path / "odd.gguf"
+    gguf_files.write_file(path, entries, tensors)
+    data = path.read_bytes()
+    parsed = parse_header(data)
+    assert parsed == parse_header(data, jump=False)
+    assert parsed.keys["tokenizer.ggml.merges"] == Counted(3000)
+    assert [tensor.name for tensor in parsed.tensors] == ["a", "token_embd.weight"]
+
+
 @pytest.mark.parametrize(
     ("name", "quantization"),
     [

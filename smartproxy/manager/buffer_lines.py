@@ -9,9 +9,13 @@ before them (time stamp, level, function):
     sched_reserve: Vulkan_Host compute buffer size =     4.26 MiB
     llama_context:        CPU  output buffer size =     0.19 MiB
 
-A server that drafts has a second context, which begins with a line of its own:
+A server that drafts has a second context, which begins with a line of its own; a projector tells
+its weights and its graph in other words:
 
     llama_context: constructing llama_context
+    clip_ctx: CLIP using CUDA0 backend
+    load_hparams: model size:         52.16 MiB
+    reserve_compute_meta:      CUDA0 compute buffer size =    19.32 MiB
 """
 
 from __future__ import annotations
@@ -30,12 +34,13 @@ _LINE = re.compile(
     r" buffer size =\s*(?P<mebibytes>\d+(?:\.\d+)?) MiB"
 )
 _NEW_CONTEXT = "constructing llama_context"
+_PROJECTOR = re.compile(r"CLIP using (?P<buffer>[\w.\[\]:-]+) backend")
+_PROJECTOR_SIZE = re.compile(r"load_hparams: model size:\s*(?P<mebibytes>\d+(?:\.\d+)?) MiB")
 _FIELDS = {
     "model": "weights_bytes",
     "LoRA": "weights_bytes",
     "KV": "kv_cache_bytes",
     "RS": "recurrent_bytes",
-    "compute": "compute_bytes",
     # the host reads results from it; the estimate counts it with the graph's host side
     "output": "compute_bytes",
 }
@@ -51,24 +56,29 @@ def measured_buffers(lines: Iterable[str]) -> Mapping[str, DeviceBytes]:
     has no such lines. What a draft model and a projector take is summed with the model's own.
     """
     sums: dict[str, dict[str, int]] = {}
-    computes: dict[tuple[int, str, str], int] = {}
-    contexts = 0
+    computes: dict[tuple[int, str, str], float] = {}
+    contexts, projector = 0, "CPU"
     for line in lines:
         contexts += _NEW_CONTEXT in line
+        if named := _PROJECTOR.search(line):
+            projector = named["buffer"]
+        if sized := _PROJECTOR_SIZE.search(line):
+            _add(sums, projector, "weights_bytes", float(sized["mebibytes"]))
         match = _LINE.search(line)
         if match is None:
             continue
-        size = round(float(match["mebibytes"]) * MIB)
         if match["part"] == "compute":
-            computes[contexts, match["who"], match["buffer"]] = size
-            continue
-        parts = sums.setdefault(_device(match["buffer"]), {})
-        field = _FIELDS[match["part"]]
-        parts[field] = parts.get(field, 0) + size
-    for (_, _, buffer), size in computes.items():
-        parts = sums.setdefault(_device(buffer), {})
-        parts["compute_bytes"] = parts.get("compute_bytes", 0) + size
+            computes[contexts, match["who"], match["buffer"]] = float(match["mebibytes"])
+        else:
+            _add(sums, match["buffer"], _FIELDS[match["part"]], float(match["mebibytes"]))
+    for (_, _, buffer), mebibytes in computes.items():
+        _add(sums, buffer, "compute_bytes", mebibytes)
     return MappingProxyType({name: DeviceBytes(**parts) for name, parts in sums.items()})
+
+
+def _add(sums: dict[str, dict[str, int]], buffer: str, field: str, mebibytes: float) -> None:
+    parts = sums.setdefault(_device(buffer), {})
+    parts[field] = parts.get(field, 0) + round(mebibytes * MIB)
 
 
 def _device(buffer: str) -> str:

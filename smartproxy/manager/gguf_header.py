@@ -9,6 +9,7 @@ Source of the format: llama.cpp b11434, ggml/src/gguf.cpp and docs/gguf.md.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import mmap
 
@@ -25,6 +26,11 @@ MAX_NAME_BYTES = 256
 MAX_DIMS = 4
 #: longer arrays are counted, not read
 MAX_READ_ARRAY = 4096
+#: of a vocabulary, on average: 8 are the length's, and no vocabulary has tokens or merges as short
+#: as 4; so much is not even read. One that has is walked instead, see `_next_entry`.
+LEAST_STRING_BYTES = 12
+#: likewise on average, from where the search for the array's end begins
+LONGEST_STRING_BYTES = 64
 #: shorter string arrays are walked, which is as quick as looking for their end
 MIN_JUMPED = 64
 
@@ -48,7 +54,6 @@ _U32, _U64, _KIND_COUNT = struct.Struct("<I"), struct.Struct("<Q"), struct.Struc
 #: seven zero bytes: the high bytes of a key's length, which precede the key itself
 _SHORT_LENGTH = b"\0" * 7
 _KEY_STARTS = (b"tokenizer.", b"general.", b"quantize.", b"split.")
-_TENSOR_STARTS = (b"token_embd", b"blk.0.", b"output")
 
 
 class BadHeader(Exception):
@@ -62,6 +67,8 @@ class Counted:
     count: int
 
 
+#: told a position in the data
+Soon = Callable[[int], None]
 Scalar = bool | int | float | str
 Value = Scalar | list[Scalar] | Counted
 
@@ -84,24 +91,25 @@ class Header:
     data_offset: int
 
 
-def parse_header(data: Buffer, *, jump: bool = True) -> Header:
+def parse_header(data: Buffer, *, jump: bool = True, soon: Soon = lambda _position: None) -> Header:
     """Return the header at the start of `data`; raises BadHeader.
 
     jump: look for the end of long string arrays instead of walking them. Where what is found
-    makes no sense, the whole is walked after all.
+    makes no sense, the whole is walked after all. soon: told the position at which reading goes on
+    after a jump, so that whoever owns the file can fetch it meanwhile.
     """
     if jump:
         try:
-            return _parse(data, jump=True)
+            return _parse(data, soon)
         except BadHeader:
             pass
-    return _parse(data, jump=False)
+    return _parse(data, None)
 
 
-def _parse(data: Buffer, *, jump: bool) -> Header:
+def _parse(data: Buffer, soon: Soon | None) -> Header:
     try:
         tensor_count, key_count = _counts(data)
-        keys, at = _keys(data, key_count, jump=jump)
+        keys, at = _keys(data, key_count, soon)
         tensors, at = _tensors(data, at, tensor_count)
     except struct.error:
         raise BadHeader("the file ends inside its header") from None
@@ -127,7 +135,7 @@ def _counts(data: Buffer) -> tuple[int, int]:
     return tensor_count, key_count
 
 
-def _keys(data: Buffer, count: int, *, jump: bool) -> tuple[dict[str, Value], int]:
+def _keys(data: Buffer, count: int, soon: Soon | None) -> tuple[dict[str, Value], int]:
     keys: dict[str, Value] = {}
     starts: tuple[bytes, ...] = _KEY_STARTS
     at = 24
@@ -136,8 +144,9 @@ def _keys(data: Buffer, count: int, *, jump: bool) -> tuple[dict[str, Value], in
         (kind,) = _U32.unpack_from(data, at)
         at += 4
         if kind == _ARRAY:
-            last = index + 1 == count
-            keys[key], at = _array(data, at, key, (_TENSOR_STARTS if last else starts, jump))
+            # after the last key come tensors of any name: nothing to look for
+            jumps = None if index + 1 == count else soon
+            keys[key], at = _array(data, at, key, (starts, jumps))
         elif kind == _STRING:
             keys[key], at = _text(data, at, len(data), key)
         else:
@@ -165,7 +174,7 @@ def _text(data: Buffer, at: int, limit: int, what: str) -> tuple[str, int]:
 
 
 def _array(
-    data: Buffer, at: int, key: str, search: tuple[tuple[bytes, ...], bool]
+    data: Buffer, at: int, key: str, search: tuple[tuple[bytes, ...], Soon | None]
 ) -> tuple[Value, int]:
     kind, count = _KIND_COUNT.unpack_from(data, at)
     at += 12
@@ -174,9 +183,12 @@ def _array(
     if kind == _ARRAY:
         raise BadHeader(f"{key!r} is an array of arrays, which llama.cpp does not read")
     if kind == _STRING:
-        starts, jump = search
-        if jump and count > MIN_JUMPED:
-            return Counted(count), _next_entry(data, at + 8 * count, starts)
+        starts, soon = search
+        if soon is not None and count > MIN_JUMPED:
+            at += LEAST_STRING_BYTES * count
+            soon(at)
+            end = at + LONGEST_STRING_BYTES * count
+            return Counted(count), _next_entry(data, (at, end), starts)
         return Counted(count), _walk_strings(data, at, count)
     scalar = _scalar(kind, key)
     end = at + count * scalar.size
@@ -196,14 +208,16 @@ def _walk_strings(data: Buffer, at: int, count: int) -> int:
     return at
 
 
-def _next_entry(data: Buffer, at: int, starts: tuple[bytes, ...]) -> int:
+def _next_entry(data: Buffer, within: tuple[int, int], starts: tuple[bytes, ...]) -> int:
     """Return where the next entry begins: at the length before the first known start of a name.
+
+    within: from, to; without an end the search could read all weights.
 
     A wrong guess (an entry of another kind overlooked) gives nonsense at the end of the header
     at the latest, because then one entry too many is read; the caller walks.
     """
     for start in starts:
-        position = data.find(_SHORT_LENGTH + start, at)
+        position = data.find(_SHORT_LENGTH + start, *within)
         if position > 0:
             return position - 1
     raise BadHeader("no entry after an array of strings")

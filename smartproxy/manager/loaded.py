@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from smartproxy.catalog import ModelSpec
@@ -19,7 +19,7 @@ from smartproxy.errors import LoadFailed, MetadataError
 from smartproxy.manager import metadata as gguf_metadata
 from smartproxy.manager.estimate import Loaded, with_flash_attn_resolved
 from smartproxy.manager.extra_args import ExtraArgs, read_args
-from smartproxy.manager.projector import Projector, read_projector
+from smartproxy.manager.projector import read_projector
 from smartproxy.state.store import Store
 from smartproxy.types import EstimateOptions, FlashAttention, Layout, ModelMetadata
 
@@ -40,7 +40,7 @@ def loaded_of(store: Store, spec: ModelSpec) -> Loaded:
         raise LoadFailed(f"model '{spec.id}': {spec.problem or 'it has no file'}")
     extra = read_args(spec.args)
     known = metadata_of(store, spec.path)
-    options = with_flash_attn_resolved(known, _options(spec, extra))
+    options = _with_projector(with_flash_attn_resolved(known, _options(spec, extra)), spec, extra)
     if spec.draft_model is None:
         return Loaded(metadata=known, options=options)
     return Loaded(
@@ -52,7 +52,6 @@ def loaded_of(store: Store, spec: ModelSpec) -> Loaded:
 
 
 def _options(spec: ModelSpec, extra: ExtraArgs) -> EstimateOptions:
-    projector = _projector(spec, extra)
     return EstimateOptions(
         parallel=spec.parallel,
         kv_unified=spec.kv_unified,
@@ -64,8 +63,6 @@ def _options(spec: ModelSpec, extra: ExtraArgs) -> EstimateOptions:
         swa_full=extra.swa_full,
         embeddings=spec.embeddings or extra.ranks,
         kv_offload=extra.kv_offload,
-        projector_bytes=projector.weights_bytes,
-        projector_compute_bytes=projector.compute_bytes,
         projector_offload=extra.projector_offload,
         adapter_bytes=sum(_size_bytes(spec, name) for name in extra.adapters),
         draft_tokens=extra.draft_tokens if spec.draft_model else 0,
@@ -87,10 +84,19 @@ def _draft_options(spec: ModelSpec, extra: ExtraArgs) -> EstimateOptions:
     )
 
 
-def _projector(spec: ModelSpec, extra: ExtraArgs) -> Projector:
+def _with_projector(options: EstimateOptions, spec: ModelSpec, extra: ExtraArgs) -> EstimateOptions:
     if spec.mmproj is None or not extra.projector:
-        return Projector(weights_bytes=0, compute_bytes=0)
-    return read_projector(spec.mmproj)
+        return options
+    try:
+        flash = options.flash_attn is FlashAttention.ON
+        projector = read_projector(spec.mmproj, flash=flash)
+    except OSError as error:
+        raise LoadFailed(f"model '{spec.id}': {spec.mmproj}: {error.strerror}") from None
+    return replace(
+        options,
+        projector_bytes=projector.weights_bytes,
+        projector_compute_bytes=projector.compute_bytes,
+    )
 
 
 def _size_bytes(spec: ModelSpec, name: str) -> int:
