@@ -244,10 +244,23 @@ def _requests(proxy: Proxy, model: str, code: str) -> float | None:
     return value(_scrape(proxy), "requests_total", model=model, code=code)
 
 
-def test_nothing_is_exposed_that_the_dashboard_does_not_know(store: Store) -> None:
+def test_the_dashboard_knows_exactly_what_is_exposed(store: Store) -> None:
     add_gpu(store, 0)
-    for name, labels in seen(store):
-        assert set(dict(labels)) == set(METRICS[name])
+    with store.write() as connection:
+        connection.execute("UPDATE gpus SET power_w = 1")
+    server_id = add_server(store, "m", 9000)
+    told = {"requests_processing": 0, "slots_total": 4, "slots_busy": 0}
+    fleet.update_server(store, server_id, {**told, "prompt_tokens_total": 0, "load_s": 1})
+    fleet.update_server(store, server_id, {"predicted_tokens_total": 0})
+    move(store, server_id, "starting", "ready")
+    counts.add_requests(store, {("m", "200"): 1})
+    exposed = {name: set(dict(labels)) for name, labels in seen(store)}
+    assert exposed == {name: set(labels) for name, labels in METRICS.items()}
+
+
+def test_the_last_decision_is_timed(store: Store) -> None:
+    fleet.update_manager(store, {"decision_s": 0.004})
+    assert value(seen(store), "decision_seconds") == 0.004
 
 
 def test_an_abandoned_request_counts_as_499(tmp_path: Path) -> None:
