@@ -154,6 +154,9 @@ class GPU(_Entity):
     #: "8.9"
     compute_capability: str | None = None
     uuid: Name | None = None
+    pci_bus_id: str | None = None
+    #: a slice of a GPU in MIG mode, listed in its place
+    mig: bool = False
     state: GpuState = GpuState.AVAILABLE
     #: why it is in state error
     error: str | None = None
@@ -204,6 +207,7 @@ class GPUPoolStatus(_Entity):
     #: Unix seconds of the last look; None before the first
     observed_at: float | None = None
     gpu_monitoring_enabled: bool = True
+    driver_version: str | None = None
 
     @field_validator("available_gpus")
     @classmethod
@@ -259,6 +263,8 @@ def gpu_entity(gpu: Gpu, *, models: Sequence[str] = ()) -> GPU:
         assigned_models=list(models),
         compute_capability=gpu.compute_capability,
         uuid=gpu.uuid,
+        pci_bus_id=gpu.pci_bus_id or None,
+        mig=gpu.mig,
         state=held if gpu.error is None else GpuState.ERROR,
         error=gpu.error,
         processes=[
@@ -278,6 +284,7 @@ def pool_status(
     *,
     observed_at: float | None = None,
     gpu_monitoring_enabled: bool = True,
+    driver_version: str | None = None,
 ) -> GPUPoolStatus:
     """Return the sums over all GPUs; zeros and an empty list without any."""
     healthy = [gpu for gpu in gpus if gpu.state is not GpuState.ERROR]
@@ -290,4 +297,5 @@ def pool_status(
         allocation_strategy=strategy,
         observed_at=observed_at,
         gpu_monitoring_enabled=gpu_monitoring_enabled,
+        driver_version=driver_version,
     )

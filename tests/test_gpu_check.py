@@ -12,11 +12,14 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import requests
 
 from smartproxy.manager.observe import MIG_INDEX_BASE, GpuObserver
 from smartproxy.types import MIB, Gpu, GpuSnapshot
+from tests.running import fake_model, running, wait_until
 
 pytestmark = pytest.mark.gpu
 
@@ -120,3 +123,16 @@ def test_closing_and_opening_again_sees_the_same_gpus(observer: GpuObserver) -> 
     before = [gpu.uuid for gpu in observer.observe().gpus]
     observer.close()
     assert [gpu.uuid for gpu in observer.observe().gpus] == before
+
+
+@pytest.mark.servers
+def test_the_proxy_shows_them(snapshot: GpuSnapshot, tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model()}) as proxy:
+        wait_until(lambda: proxy.health()["observed_at"], what="the first look")
+        health = proxy.health()
+        pool = health["gpu_pool_status"]
+        assert (health["mode"], health["status"]) == ("gpu", "ok")
+        assert pool["driver_version"] == snapshot.driver_version
+        assert [gpu["uuid"] for gpu in pool["gpu_list"]] == [gpu.uuid for gpu in snapshot.gpus]
+        metrics = requests.get(f"{proxy.url}/metrics", timeout=10).text
+        assert metrics.count("smartproxy_gpu_up{") == len(snapshot.gpus)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import requests
 
 from tests.fakes import world as nvml
 from tests.fakes.nvml import NAME, build, environment
-from tests.fakes.world import GIB, FakeProcess, Fault, World, WorldFile
+from tests.fakes.world import GIB, FakeGpu, FakeMig, FakeProcess, Fault, World, WorldFile
 from tests.running import Proxy, fake_model, running, wait_until
 
 pytestmark = pytest.mark.servers
@@ -89,6 +90,24 @@ def test_two_unequal_cards_are_shown_and_filled(start: Start, world: WorldFile) 
         assert events(proxy, "gpu 0 available->assigned%") == [
             "gpu 0 available->assigned: model 'm' is placed on it"
         ]
+
+
+def test_the_inventory_names_cards_slices_and_driver(start: Start, world: WorldFile) -> None:
+    cards = [
+        FakeGpu(uuid=f"GPU-{n}", pci_bus_id=f"00000000:{n + 1:02X}:00.0", total_bytes=80 * GIB)
+        for n in range(8)
+    ]
+    slices = (FakeMig(uuid="MIG-a", total_bytes=40 * GIB),)
+    world.write(World(gpus=(*cards[:7], replace(cards[7], migs=slices))))
+    with start() as proxy:
+        wait_until(lambda: len(gpus(proxy)) == 8, what="all eight")
+        pool = proxy.health()["gpu_pool_status"]
+        assert pool["driver_version"] == "580.95.05"
+        assert [gpu["id"] for gpu in pool["gpu_list"][:7]] == list(range(7))
+        assert [gpu["pci_bus_id"] for gpu in pool["gpu_list"]] == [c.pci_bus_id for c in cards]
+        assert [gpu["mig"] for gpu in pool["gpu_list"]] == [False] * 7 + [True]
+        assert pool["gpu_list"][7]["total_memory"] == 40
+        assert pool["gpu_list"][0]["compute_capability"] == "8.9"
 
 
 def test_an_unloaded_model_leaves_its_gpu_available(start: Start) -> None:

@@ -96,11 +96,13 @@ def pool(store: Store, settings: Settings) -> GPUPoolStatus:
         _gpu(row, models.get(row["uuid"], []), processes.get(row["uuid"], []))
         for row in store.read("SELECT * FROM gpus ORDER BY gpu_index")
     ]
+    boss = fleet.manager_row(store)
     return pool_status(
         gpus,
         settings.gpu_allocation_strategy,
-        observed_at=fleet.manager_row(store)["observed_at"],
+        observed_at=boss["observed_at"],
         gpu_monitoring_enabled=settings.enable_gpu_monitoring,
+        driver_version=boss["driver_version"],
     )
 
 
@@ -119,6 +121,8 @@ def _gpu(row: Row, models: list[str], processes: list[GPUProcess]) -> GPU:
         assigned_models=models,
         compute_capability=row["compute_capability"],
         uuid=row["uuid"],
+        pci_bus_id=row["pci_bus_id"] or None,
+        mig=bool(row["mig"]),
         state=GpuState.ERROR if row["state"] == GpuState.ERROR else held,
         error=row["error"],
         processes=processes,
