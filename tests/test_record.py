@@ -127,7 +127,7 @@ def test_overhead_is_learned_per_gpu_and_lowers_what_other_models_are_charged(
     with gpu_machine(tmp_path, world_of(Card(gib=24)), models) as (proxy, _):
         first = load(proxy, "a")
         cold = wait_until(lambda: overhead(proxy), what="overhead")
-        assert cold["overhead_bytes"] == pytest.approx(100 * MIB, abs=ROUNDING)
+        assert cold["overhead_bytes"] == pytest.approx(100 * MIB, abs=2 * ROUNDING)
         assert not cold["warm"]
         prompt(proxy, "a")
         wait_until(lambda: overhead(proxy)["warm"], what="overhead after a prompt")  # type: ignore[index]
@@ -161,7 +161,7 @@ def test_pools_that_grow_with_prompts_are_seen_and_kept_across_a_managers_death(
             return known if known and known["overhead_bytes"] > 900 * MIB else None
 
         assert wait_until(grown, what="growth")["overhead_bytes"] == pytest.approx(
-            956 * MIB, abs=ROUNDING
+            956 * MIB, abs=2 * ROUNDING
         )
         (part,) = assignments(proxy, row["id"])
         assert part["measured_bytes"] == server_rows(proxy, "m")[-1]["measured_bytes"]

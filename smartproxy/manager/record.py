@@ -220,7 +220,8 @@ def _learn_overhead(manager: Manager, row: Row, part: Row, seen: tuple[int, bool
     if part["buffers_bytes"] is None:
         return
     store, build = manager.store, part["build"]
-    overhead = max(0, held - part["buffers_bytes"])
+    # what the log rounds away must not make it too small
+    overhead = max(0, held - part["buffers_bytes"] + ROUNDING_BYTES)
     known = measured.overheads(store, build).get(part["device"])
     if known and known["overhead_bytes"] >= overhead and known["warm"] >= warm:
         return
