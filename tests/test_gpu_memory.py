@@ -1,8 +1,8 @@
 """Estimates against NVML on real cards (`make gpu-check`): generated models of 1 to 40 GB.
 
-Needs a llama-server built for them (CUDA), on PATH or as an installed package. Weights are holes in
-the files: no time is lost on disks, and NVML does not care. Skipped without a GPU; fails instead with
-SMARTPROXY_REQUIRE_GPU=1.
+Needs a llama-server built for them (CUDA), on PATH or as an installed package. Weights are holes
+in the files: no time is lost on disks, and NVML does not care. Skipped without a GPU; fails instead
+with SMARTPROXY_REQUIRE_GPU=1.
 """
 
 from __future__ import annotations
