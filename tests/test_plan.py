@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from smartproxy.manager.plan import explain, plan
-from smartproxy.types import GIB, Decision, Hold, ServerState, Strategy
+from smartproxy.types import (
+    GIB,
+    Decision,
+    DeviceBytes,
+    Estimate,
+    Hold,
+    Layout,
+    ServerState,
+    Strategy,
+)
 from tests import worlds
 from tests.worlds import NOW, gpu, load, server, snapshot
 
@@ -252,6 +261,22 @@ def test_one_big_victim_is_not_joined_by_a_small_one() -> None:
         server(2, "big", {"GPU-0": 12}, last_used_at=NOW - 60),
     ]
     assert evicted(plan(snapshot([gpu(0, 16)], servers, [load("new", 12)]))) == ["big"]
+
+
+def test_need_measured_below_its_layers_sum_is_made_room_for() -> None:
+    """Tensors moved to the host by hand: the layout that was measured takes less than its parts."""
+    waiting = load("new", 30)
+    whole = waiting.need.estimate
+
+    def measured(layout: Layout) -> Estimate:
+        predicted = whole(layout)
+        if len(layout.tensor_split) > 1:
+            return predicted
+        return replace(predicted, devices=(DeviceBytes(weights_bytes=10 * GIB),))
+
+    waiting = replace(waiting, need=replace(waiting.need, estimate=measured))
+    idle = [server(1, "idle", {"GPU-0": 8}), server(2, "other", {"GPU-1": 8}, pinned=True)]
+    assert evicted(plan(snapshot([gpu(0, 12), gpu(1, 12)], idle, [waiting]))) == ["idle"]
 
 
 def test_pinned_server_stays_and_is_named() -> None:

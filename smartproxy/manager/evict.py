@@ -123,9 +123,11 @@ def _for_memory(
 
 def _least_bytes(wish: Wish) -> int:
     """Return bytes that a model takes of all its GPUs together, or more."""
-    if several_allowed(wish):
-        return wish.sizes.layer_sums(wish.shape)[-1]
-    return wish.sizes.single_bytes(wish.shape)
+    alone = wish.sizes.single_bytes(wish.shape)
+    if not several_allowed(wish):
+        return alone
+    # measured, a layout can take less than its layers by themselves do (tensors moved by hand)
+    return min(alone, wish.sizes.layer_sums(wish.shape)[-1])
 
 
 def with_gains(capacity: Sequence[int], chosen: Sequence[Victim]) -> list[int]:
