@@ -293,7 +293,8 @@ class Need:
 
     #: layers that can be offloaded, the output layer counted
     layer_count: int
-    #: how many of them have expert weights that could stay on the host; 0 for dense models
+    #: the first layers up to the last one with expert weights, which could stay on the host; 0 for
+    #: dense models
     moe_layer_count: int
     #: tokens; None = as many as fit, up to max_context_size
     context_size: int | None

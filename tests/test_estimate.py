@@ -244,6 +244,16 @@ def test_need_corrects_estimates_by_what_was_measured(llama_8b: ModelMetadata) -
     assert need.estimate(ONE_GPU).devices == (measured,)
 
 
+def test_all_experts_can_stay_on_the_host_where_the_first_layers_have_none(folder: Path) -> None:
+    moe = metadata_of("deepseek2-lite.Q4_K_M.gguf", folder)
+    need = make_need(Loaded(metadata=moe, options=EstimateOptions()), context_size=4096)
+    layout = replace(ONE_GPU, context_size=4096, cpu_moe_layers=need.moe_layer_count)
+    experts = sum(layer.expert_bytes for layer in moe.layers)
+    everything = sum(layer.weights_bytes for layer in moe.layers) + moe.output.weights_bytes
+    assert not moe.layers[0].expert_bytes
+    assert need.estimate(layout).devices[0].weights_bytes == everything - experts
+
+
 def test_a_draft_model_lies_over_the_same_devices(llama_8b: ModelMetadata, folder: Path) -> None:
     small = metadata_of("llama32-1b.Q8_0.gguf", folder)
     loaded = Loaded(metadata=llama_8b, options=EstimateOptions(parallel=1), draft=small)

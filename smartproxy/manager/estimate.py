@@ -123,7 +123,10 @@ def make_need(
     context_size: tokens, all slots together; None = as many as fit.
     """
     metadata, predict = loaded.metadata, predictor(loaded)
-    moe_layers = sum(1 for layer in metadata.layers if layer.expert_bytes)
+    # --n-cpu-moe counts from the first layer, also where the first ones have no experts
+    moe_layers = max(
+        (n for n, layer in enumerate(metadata.layers, 1) if layer.expert_bytes), default=0
+    )
     return Need(
         layer_count=metadata.layer_count + 1,
         moe_layer_count=moe_layers,
