@@ -76,6 +76,11 @@ def test_a_second_load_is_estimated_at_what_the_first_was_measured_to_take(
         assert row["buffers_bytes"] == pytest.approx(taken - 256 * MIB, abs=ROUNDING)
         assert row["estimated_bytes"] == row["predicted_bytes"] + row["overhead_bytes"]
         assert host["process_bytes"] > MIB
+        most = row["buffers_bytes"] + ROUNDING + 1
+        wait_until(
+            lambda: proxy.rows("SELECT * FROM models")[0]["estimated_bytes"] <= most,
+            what="the catalogue's estimate",
+        )
 
         unload(proxy, "m")
         second = load(proxy, "m")

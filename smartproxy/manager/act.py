@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smartproxy.errors import SmartProxyError
-from smartproxy.manager import freed, process, record
+from smartproxy.manager import freed, process
 from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import argv_of, bring_up, free_port
 from smartproxy.manager.core import Manager
@@ -119,7 +119,6 @@ def start(manager: Manager, decided: Start, now: float) -> None:
         # an index refused a second live server: the next pass sees the first
         logger.error("model '%s' not started: %s", spec.id, error)
         return
-    record.expect(manager, server_id, placement, spec=spec, loaded=loaded)
     in_thread(manager, bring_up, manager, server_id, spec, placement)
 
 

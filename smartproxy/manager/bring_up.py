@@ -49,6 +49,8 @@ PORT_TRIES = 5
 def bring_up(manager: Manager, server_id: int, spec: ModelSpec, placement: Placement) -> None:
     """Start the server of a row in state starting and carry it to ready or failed."""
     try:
+        loaded = loaded_of(manager.store, spec)
+        record.expect(manager, server_id, placement, spec=spec, loaded=loaded)
         _start_and_wait(manager, server_id, spec, placement)
     except OutOfGpuMemory as error:
         _out_of_memory(manager, server_id, spec, error)

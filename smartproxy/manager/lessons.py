@@ -48,8 +48,9 @@ def _lessons(rows: list[Row], options: str) -> Iterator[Lesson]:
         loads.setdefault((row["server_id"], row["settings_key"]), []).append(row)
     for parts in loads.values():
         layout = _layout(json.loads(parts[0]["layout"]))
-        # the host's row comes last; a load of which a device is missing teaches nothing
-        if len(parts) == len(layout.tensor_split) + 1:
+        # a load of which a device is missing, or was not measured, teaches nothing
+        whole = len(parts) == len(layout.tensor_split) + 1 and all(map(_known, parts))
+        if whole and any(map(_was_measured, parts)):
             yield Lesson(
                 layout=layout,
                 predicted=tuple(part["predicted_bytes"] for part in parts),
@@ -57,6 +58,15 @@ def _lessons(rows: list[Row], options: str) -> Iterator[Lesson]:
                 same_options=parts[0]["options_key"] == options,
                 asked=parts[0]["server_id"] is None,
             )
+
+
+def _known(part: Row) -> bool:
+    return part["device"] == measured.HOST or _was_measured(part)
+
+
+def _was_measured(part: Row) -> bool:
+    on_gpu = part["device"] != measured.HOST and part["process_bytes"] is not None
+    return on_gpu or part["buffers_bytes"] is not None
 
 
 def _layout(values: Mapping[str, Any]) -> Layout:

@@ -135,11 +135,14 @@ def metadata_of(store: Store, path: Path) -> ModelMetadata:
 
 
 def file_key(spec: ModelSpec) -> str:
-    """Return what names a file's content without reading it: path, size and mtime. Raises OSError.
+    """Return what names a file's content without reading it: path, size and mtime of all parts.
 
-    Of a model in parts, all of them.
+    Raises MetadataError where one is not there.
     """
-    stats = [(str(part), os.stat(part)) for part in spec.parts]
+    try:
+        stats = [(str(part), os.stat(part)) for part in spec.parts]
+    except OSError as error:
+        raise MetadataError(f"{error.filename}: {error.strerror}") from None
     return _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 

@@ -78,17 +78,22 @@ def _allowed_uuids(manager: Manager, spec: ModelSpec) -> frozenset[str] | None:
 def publish_models(manager: Manager) -> None:
     """Write the catalogue with what is known of each model, for /v1/models. May take seconds."""
     for spec in manager.catalog.models.values():
-        row = _model_row(manager, spec)
-        names = ", ".join(row)
-        with manager.store.write() as connection:
-            connection.execute(
-                f"INSERT OR REPLACE INTO models ({names})"
-                f" VALUES ({', '.join(f':{name}' for name in row)})",
-                row,
-            )
+        publish_model(manager, spec)
     ids = list(manager.catalog.models)
     with manager.store.write() as connection:
         connection.execute(f"DELETE FROM models WHERE id NOT IN ({','.join('?' * len(ids))})", ids)
+
+
+def publish_model(manager: Manager, spec: ModelSpec) -> None:
+    """Write what is known of one model: again when a load has taught something about it."""
+    row = _model_row(manager, spec)
+    names = ", ".join(row)
+    with manager.store.write() as connection:
+        connection.execute(
+            f"INSERT OR REPLACE INTO models ({names})"
+            f" VALUES ({', '.join(f':{name}' for name in row)})",
+            row,
+        )
 
 
 def _model_row(manager: Manager, spec: ModelSpec) -> dict[str, object]:

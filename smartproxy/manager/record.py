@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from smartproxy.catalog import ModelSpec
+from smartproxy.manager import needs
 from smartproxy.manager.buffer_lines import HOST, measured_buffers
 from smartproxy.manager.core import Manager
 from smartproxy.manager.estimate import Loaded, predictor
@@ -38,6 +39,8 @@ WARM_TOKENS = 512
 HEAD_BYTES = 8 << 20
 #: changes of resident memory that are worth a write
 HOST_STEP = 1.02
+#: growth over what was told already that is worth another error
+TOLD_STEP = 1.01
 
 
 # --- before and after a load -----------------------------------------------------------------
@@ -109,6 +112,9 @@ def after_load(manager: Manager, server_id: int) -> None:
     measured.fill_buffers(manager.store, server_id, buffers, now=time.time())
     for part in expected:
         _tell_of_buffers(manager, row, part, buffers.get(part["device"], 0))
+    spec = manager.catalog.models.get(row["model_id"])
+    if spec is not None:
+        needs.publish_model(manager, spec)
 
 
 def _head(path: Path) -> str:
@@ -194,7 +200,7 @@ def _sample_gpus(manager: Manager, row: Row, parts: list[Row]) -> None:
             changes.append(taken)
         if held is not None and uuid in expected:
             _learn_overhead(manager, row, expected[uuid], (held, warm))
-            if held > max(part["estimated_bytes"], before or 0):
+            if held > max(part["estimated_bytes"], TOLD_STEP * (before or 0)):
                 _tell_of_process(manager, row, expected[uuid], held)
     if changes:
         measured.fill_taken(manager.store, changes, now=now)

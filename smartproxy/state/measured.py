@@ -57,10 +57,9 @@ def of_server(store: Store, server_id: int) -> list[Row]:
 
 
 def of_file(store: Store, file_key: str, build: str) -> list[Row]:
-    """Return every row of a file and build that was measured, load by load in device order."""
+    """Return every row of a file and build, measured or not, load by load in device order."""
     return store.read(
         "SELECT * FROM measurements WHERE file_key = ? AND build = ?"
-        " AND (buffers_bytes IS NOT NULL OR process_bytes IS NOT NULL)"
         " ORDER BY server_id, settings_key, device_index < 0, device_index",
         (file_key, build),
     )
