@@ -1,6 +1,7 @@
 """What a proxy between client and server costs, beside what one would use instead.
 
-`python -m bench.datapath --json FILE [--quick] [--rounds N] [--with-litellm] [--only NAME ...]`
+`python -m bench.datapath --json FILE [--quick] [--rounds N] [--with-litellm] [--only NAME ...]
+[--cells requests first_byte paced full at_once idle real] [--quiet-wait S]`
 
 All sides are up at once and are measured in turn, round after round; the strict client in C checks
 every byte of every answer. Ratios are taken within a round, so that what else the machine does
@@ -13,47 +14,21 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from bench import stacks
-from bench.processes import Stack, build, load
+from bench.figures import PEERS, machine, ratios, summary, table
+from bench.processes import Stack, build, load, wait_for_quiet
 from smartproxy.manager.binary import find
 from tests.nginxes import NGINX
 
 ROOT = Path(__file__).parent.parent
 LITELLM_VENV = ROOT / ".bench" / "litellm"
-PEERS = ("llama.cpp router", "LiteLLM")
-
-#: what is written of each figure: its title, and whether less is better
-FIGURES = {
-    "requests_per_s": "requests/s, 16 connections",
-    "cpu_us_per_request": "proxy CPU per request, us",
-    "first_byte_p50_us": "time to first byte, 1 client, p50, us",
-    "first_byte_p99_us": "the same, p99",
-    "first_byte_16_p50_us": "time to first byte, 16 clients, p50, us",
-    "first_byte_16_p99_us": "the same, p99",
-    "added_p50_us": "added to direct, 1 client, p50, us",
-    "added_16_p50_us": "added to direct, 16 clients, p50, us",
-    "cpu_s_per_100k_chunks": "CPU s per 100k chunks, 64 streams at 100/s",
-    "chunks_per_s": "chunks/s at full speed, 32 streams",
-    "full_cpu_s_per_100k_chunks": "CPU s per 100k chunks at full speed",
-    "at_once_first_byte_p99_ms": "512 streams at once: p99 to first byte, ms",
-    "at_once_pss_mb": "512 streams at once: memory (PSS), MB",
-    "at_once_data_pss_mb": "the same, without serve, guard and manager",
-    "at_once_cpu_s": "512 streams at once: CPU s (60 tokens each)",
-    "idle_pss_mb": "2000 idle streams: memory (PSS), MB",
-    "real_first_byte_p50_us": "real model, one token, p50, us",
-    "errors": "answers that were not right",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +62,28 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer requests: about a minute")
     parser.add_argument("--with-litellm", action="store_true", help="install it too, and measure")
     parser.add_argument("--only", nargs="+", help="names of the sides to measure")
+    parser.add_argument("--cells", nargs="+", default=[*CELLS, "real"], help="default: all")
+    parser.add_argument(
+        "--quiet-wait", type=float, default=0.0, help="s to wait for a quiet machine, per cell"
+    )
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
     with tempfile.TemporaryDirectory(prefix="bench-datapath-") as name:
         folder = Path(name)
         programs = build(folder)
         with fast_stacks(folder, programs["upstream"], options) as fast:
-            rounds = measure(fast, programs["load"], options.rounds, sizes)
-        with real_stacks(folder, options.only) as real:
-            add_real(rounds, real, programs["load"], sizes)
-    result = {"machine": machine(), "sizes": sizes_of(sizes), "rounds": rounds}
+            cells = [CELLS[name] for name in CELLS if name in options.cells]
+            quiet_wait_s = options.quiet_wait
+            rounds = [
+                one_round(
+                    fast, programs["load"], cells, sizes, turn=turn, quiet_wait_s=quiet_wait_s
+                )
+                for turn in range(options.rounds)
+            ]
+        if "real" in options.cells:
+            with real_stacks(folder, options.only) as real:
+                add_real(rounds, real, programs["load"], sizes)
+    result = {"machine": machine(), "sizes": asdict(sizes), "rounds": rounds}
     result["figures"] = summary(rounds)
     result["ratios"] = {peer: ratios(rounds, peer) for peer in PEERS if peer in rounds[0]}
     options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -161,32 +148,32 @@ def answering_for_the_real_one(folder: Path, upstream: Path) -> Path:
 # --- measuring -------------------------------------------------------------------------------
 
 
-def measure(sides: list[Stack], client: Path, rounds: int, sizes: Sizes) -> list[dict[str, Any]]:
-    """Return, for each round, the figures of each side."""
-    measured = []
-    for number in range(rounds):
-        turn = number % len(sides)
-        figures: dict[str, dict[str, Any]] = {side.name: {"errors": 0} for side in sides}
-        for cell in (
-            requests_cell,
-            first_byte_cell,
-            paced_cell,
-            full_cell,
-            at_once_cell,
-            idle_cell,
-        ):
-            for side in (*sides[turn:], *sides[:turn]):
-                one = figures[side.name]
-                if side.share < 1 and cell in (at_once_cell, idle_cell):
-                    continue  # minutes of failures: LiteLLM
-                for key, value in cell(client, side, sizes).items():
-                    one[key] = value + one["errors"] if key == "errors" else value
-        for one in figures.values():
-            for key in ("p50_us", "16_p50_us"):
-                added = one[f"first_byte_{key}"] - figures["direct"][f"first_byte_{key}"]
-                one[f"added_{key}"] = added
-        measured.append({"load_average": os.getloadavg()[0], **figures})
-    return measured
+def one_round(
+    sides: list[Stack],
+    client: Path,
+    cells: list[Cell],
+    sizes: Sizes,
+    *,
+    turn: int,
+    quiet_wait_s: float,
+) -> dict[str, Any]:
+    """Return the figures of each side; who goes first changes with the turn."""
+    turn %= len(sides)
+    figures: dict[str, dict[str, Any]] = {side.name: {"errors": 0} for side in sides}
+    idle: list[float] = []
+    for cell in cells:
+        for side in (*sides[turn:], *sides[:turn]):
+            if side.share < 1 and cell in (at_once_cell, idle_cell):
+                continue  # minutes of failures: LiteLLM
+            idle.append(wait_for_quiet(quiet_wait_s))
+            one = figures[side.name]
+            for key, value in cell(client, side, sizes).items():
+                one[key] = value + one["errors"] if key == "errors" else value
+    for one in figures.values():
+        for key in ("p50_us", "16_p50_us") if "first_byte_p50_us" in one else ():
+            added = one[f"first_byte_{key}"] - figures["direct"][f"first_byte_{key}"]
+            one[f"added_{key}"] = added
+    return {"idle_before_cells": statistics.mean(idle), **figures}
 
 
 def requests_cell(client: Path, side: Stack, sizes: Sizes) -> dict[str, float]:
@@ -260,6 +247,17 @@ def idle_cell(client: Path, side: Stack, sizes: Sizes) -> dict[str, float]:
     return {"idle_pss_mb": got.get("pss_mb", 0.0), "errors": got["errors"] + max(0, missing)}
 
 
+Cell = Callable[[Path, Stack, Sizes], dict[str, float]]
+CELLS: dict[str, Cell] = {
+    "requests": requests_cell,
+    "first_byte": first_byte_cell,
+    "paced": paced_cell,
+    "full": full_cell,
+    "at_once": at_once_cell,
+    "idle": idle_cell,
+}
+
+
 def add_real(rounds: list[dict[str, Any]], sides: list[Stack], client: Path, sizes: Sizes) -> None:
     """Measure one-token streams of the real model, one client, and put them into the rounds."""
     for number, figures in enumerate(rounds):
@@ -270,80 +268,6 @@ def add_real(rounds: list[dict[str, Any]], sides: list[Stack], client: Path, siz
             one = figures[side.name]
             one["real_first_byte_p50_us"] = got["first_byte_us"]["p50"]
             one["errors"] += got["errors"]
-
-
-# --- telling ---------------------------------------------------------------------------------
-
-
-def names(rounds: list[dict[str, Any]]) -> list[str]:
-    return [name for name, value in rounds[0].items() if isinstance(value, dict)]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def summary(rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {
-        figure: {
-            name: spread([one[name][figure] for one in rounds])
-            for name in names(rounds)
-            if figure in rounds[0][name]
-        }
-        for figure in FIGURES
-    }
-
-
-def ratios(rounds: list[dict[str, Any]], peer: str) -> dict[str, dict[str, Any]]:
-    """Return every figure as a multiple of a peer's, taken round by round."""
-    return {
-        figure: {
-            name: spread([one[name][figure] / one[peer][figure] for one in rounds])
-            for name in names(rounds)
-            if figure in rounds[0][name] and all(one[peer].get(figure, 0) > 0 for one in rounds)
-        }
-        for figure in FIGURES
-        if figure != "errors"
-    }
-
-
-def machine() -> dict[str, Any]:
-    cpus = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(": ")[2] for line in cpus if "model name" in line), "unknown")
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "at": time.strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def sizes_of(sizes: Sizes) -> Mapping[str, int]:
-    return {name: getattr(sizes, name) for name in Sizes.__dataclass_fields__}
-
-
-def table(result: Mapping[str, Any]) -> str:
-    sides = names(result["rounds"])
-    rows = [
-        [title, *(cell(result["figures"][figure].get(side)) for side in sides)]
-        for figure, title in FIGURES.items()
-    ]
-    parts = [tabulate(rows, ["median (min-max)", *sides])]
-    for peer, found in result["ratios"].items():
-        rows = [
-            [FIGURES[figure], *(cell(of.get(side)) for side in sides)]
-            for figure, of in found.items()
-            if of
-        ]
-        parts.append(tabulate(rows, [f"times {peer}", *sides]))
-    return "\n\n".join(parts)
-
-
-def cell(value: Mapping[str, float] | None) -> str:
-    if value is None:
-        return ""
-    return f"{value['median']:.3g} ({value['min']:.3g}-{value['max']:.3g})"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ import psutil
 
 NATIVE = Path(__file__).parent / "native"
 LOAD_DEADLINE_S = 300.0
+QUIET_LOOK_S = 0.3
+QUIET_IDLE = 0.85
 
 
 def build(folder: Path) -> dict[str, Path]:
@@ -74,6 +77,18 @@ def load(program: Path, stack: Stack, *options: object, meanwhile: float = 0.0) 
             memory = {"pss_mb": stack.pss_mb(), "data_pss_mb": stack.pss_mb(carries_bytes)}
     out, _ = client.communicate(timeout=LOAD_DEADLINE_S)
     return {**json.loads(out), **memory, "cpu_s": stack.cpu_s() - before_s}
+
+
+def wait_for_quiet(patience_s: float) -> float:
+    """Wait until next to nothing else runs on the machine; returns how idle it was at last, 0-1.
+
+    With more to run than cores, times say who shares, not what a proxy costs.
+    """
+    give_up_at = time.monotonic() + patience_s
+    while True:
+        idle = psutil.cpu_times_percent(QUIET_LOOK_S).idle / 100
+        if idle >= QUIET_IDLE or time.monotonic() > give_up_at:
+            return float(idle)
 
 
 def carries_bytes(process: psutil.Process) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import requests
 
 from smartproxy.errors import ConfigError
 from smartproxy.listen import close, listen
+from smartproxy.proxy.accel import HOLD_S
 from tests.nginxes import nginx
 from tests.running import Proxy, fake_model, running, wait_until
 from tests.wire import Wire
@@ -89,3 +92,25 @@ def test_serve_behind_nginx_outlives_its_gunicorn(tmp_path: Path) -> None:
         wait_until(lambda: not master.is_running(), what="gunicorn's master gone")
         wait_until(lambda: proxy.chat("a").status_code == 200, what="its successor answers")
     assert not (tmp_path / "control.sock").exists()
+
+
+@pytest.mark.servers
+def test_a_drained_server_finishes_what_nginx_carries(tmp_path: Path) -> None:
+    host = f"unix:{tmp_path}/control.sock"
+    # longer than the hold at the hand-over: after that only the server knows of it
+    models = {"a": fake_model(token_s=0.1, tokens=round(2 * HOLD_S / 0.1))}
+    with (
+        running(tmp_path, models, kind=BehindNginx, host=host) as proxy,
+        nginx(tmp_path, host.removeprefix("unix:")) as address,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        proxy.url = f"http://{address[0]}:{address[1]}"
+        with proxy.chat("a", stream=True, max_tokens=None) as stream:
+            events = stream.iter_lines()
+            assert next(events).startswith(b"data: ")
+            unload = f"{proxy.url}/api/models/a/unload"
+            unloaded = pool.submit(requests.post, unload, timeout=60)
+            wait_until(lambda: proxy.states() == {"a": "draining"}, what="draining")
+            assert [line for line in events if line][-1] == b"data: [DONE]"
+        assert unloaded.result().ok
+        assert proxy.states() == {"a": "stopped"}
