@@ -312,6 +312,15 @@ def test_busy_server_is_waited_for_at_first_then_drained() -> None:
     assert [(e.model_id, e.drains_busy) for e in decision.evictions] == [("busy", True)]
 
 
+def test_busy_server_that_was_long_in_loading_serves_as_long_before_it_is_drained() -> None:
+    waiting = load("new", 8, asked_at=NOW - 60)
+    # a fifth of queue_timeout at most
+    for loaded_s, load_s, drains in ((20, 30, False), (31, 30, True), (61, 600, True)):
+        busy = server(1, "busy", {"GPU-0": 20}, busy=2, ready_at=NOW - loaded_s, load_s=load_s)
+        world = snapshot([gpu(0, 24)], [busy], [waiting], queue_timeout_s=300)
+        assert bool(evicted(plan(world))) == drains
+
+
 def test_idle_servers_go_before_a_busy_one_however_dear() -> None:
     servers = [
         server(1, "busy", {"GPU-0": 12}, busy=1, load_s=1),

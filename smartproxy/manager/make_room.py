@@ -15,6 +15,8 @@ from smartproxy.types import Evict, Placement, RunningServer, ServerState, Wait,
 #: seconds that a load waits for busy servers before they are drained for it (or min_residency,
 #: where that is longer)
 FAIR_WAIT_S = 10.0
+#: part of queue_timeout that a busy server may at most serve on for having taken long to load
+_MOST_OF_TIMEOUT = 0.2
 #: a busy server is dearer than any number of idle ones
 _BUSY_COST = 1e9
 
@@ -25,7 +27,7 @@ class _Keeps(StrEnum):
     NOTHING = "idle"
     RESIDENCY = "idle, but loaded less than min_residency ago"
     REQUESTS = "busy"
-    MORE = "starting, or busy and loaded less than min_residency ago"
+    MORE = "starting, or busy and loaded so lately that its load was not worth it yet"
 
 
 def make_room(work: Work, load: WaitingLoad, wish: Wish | None, code: str) -> Verdict:
@@ -69,12 +71,22 @@ def _grouped(work: Work) -> dict[_Keeps, list[RunningServer]]:
 
 
 def _keeps(work: Work, server: RunningServer) -> _Keeps:
-    resident = resident_until(work, server) > work.snapshot.now
-    if server.state is not ServerState.READY or (server.busy and resident):
+    now = work.snapshot.now
+    if server.state is not ServerState.READY:
         return _Keeps.MORE
     if server.busy:
-        return _Keeps.REQUESTS
-    return _Keeps.RESIDENCY if resident else _Keeps.NOTHING
+        return _Keeps.MORE if _worth_its_load_at(work, server) > now else _Keeps.REQUESTS
+    return _Keeps.RESIDENCY if resident_until(work, server) > now else _Keeps.NOTHING
+
+
+def _worth_its_load_at(work: Work, server: RunningServer) -> float:
+    """Return when a busy server has served as long as it took to load, or min_residency.
+
+    Models that don't fit together would else spend most of the time on loading each other away.
+    """
+    loaded_at = server.created_at if server.ready_at is None else server.ready_at
+    most_s = _MOST_OF_TIMEOUT * work.snapshot.settings.queue_timeout_s
+    return max(resident_until(work, server), loaded_at + min(server.load_s, most_s))
 
 
 def _choose(

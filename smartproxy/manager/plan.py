@@ -6,8 +6,9 @@ same answer.
 Loads are served oldest first. One that can't start now gets the memory and the place that are being
 freed for it booked (`Ledger.later`), and a younger one may take only what is left beside that. A
 load that waits for busy servers holds nothing back at first; once it has waited for FAIR_WAIT_S, it
-does, and the busy servers in its way are drained: they finish what they have, new requests for them
-queue behind. So nobody starves, and nothing busy is ever stopped.
+does, and the busy servers in its way are drained once they were worth their load: they finish what
+they have, new requests for them queue behind. So nobody starves, nothing busy is ever stopped, and
+models that don't fit together take turns that are longer than their loads.
 """
 
 from __future__ import annotations
