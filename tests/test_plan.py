@@ -110,6 +110,25 @@ def test_where_the_driver_tells_no_process_memory_servers_are_not_counted_twice(
     assert gpus_of(plan(world)) == [0]
 
 
+def test_memory_of_a_server_that_loads_unseen_drives_no_model_to_the_cpu() -> None:
+    """In a container NVML shows used memory but not whose; later looks tell it is ours."""
+    promised = {"GPU-0": Hold(reserved_bytes=10 * GIB, visible_bytes=0)}
+    starting = server(1, "s", {}, holds=promised, state=ServerState.STARTING, ready_at=None)
+    waiting = load("m", 15, cpu_fallback=True)
+    long_loaded = replace(starting, state=ServerState.READY, ready_at=NOW - 60, busy=1)
+    for one, used_gb, waits in (
+        (starting, 10, True),
+        (starting, 0, True),
+        (starting, 20, False),
+        (long_loaded, 10, True),
+        (long_loaded, 20, False),
+    ):
+        card = gpu(0, 24, used_bytes=used_gb * GIB, free_bytes=(24 - used_gb) * GIB)
+        world = replace(snapshot([], [one], [waiting]), gpus=(card,))
+        world = replace(world, overhead_bytes={"GPU-0": worlds.OVERHEAD_BYTES})
+        assert bool(plan(world).waits) == waits
+
+
 def test_headroom_is_left_free() -> None:
     world = snapshot([gpu(0, 24)], loads=[load("m", 23.5)], headroom_bytes=GIB)
     text = only(plan(world), "refuse")
@@ -141,6 +160,11 @@ def test_model_that_fits_no_single_gpu_is_split_over_the_fewest() -> None:
     assert gpus_of(decision) == [1, 2]
     assert decision.starts[0].placement.layout.tensor_split == (10.0, 6.0)
     assert "one GPU would have to give 34.0 GB, the most free is 24.0 GB" in only(decision, "start")
+
+
+def test_distributed_model_that_may_have_one_gpu_only_gets_the_roomiest() -> None:
+    waiting = load("m", 4, strategy=Strategy.DISTRIBUTE, max_gpus=1)
+    assert gpus_of(plan(snapshot([gpu(0, 8), gpu(1, 24), gpu(2, 12)], loads=[waiting]))) == [1]
 
 
 def test_vacant_gpus_are_split_over_first() -> None:

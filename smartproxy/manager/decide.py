@@ -91,12 +91,14 @@ def _on_gpu(work: Work, load: WaitingLoad, wish: Wish) -> Verdict:
 def _within_reach(work: Work, load: WaitingLoad, wish: Wish) -> Wish | Verdict:
     """Return the wish in a shape that we could make room for, or what happens instead.
 
-    We could end every server that is not pinned; strangers' memory is not ours to free.
+    We could end every server that is not pinned; strangers' memory is not ours to free. Where it is
+    not clear whose memory is, no model is sent to the CPU for it: a later look tells.
     """
-    reach = list(work.ledger.at_first)
+    ledger = work.ledger
+    reach = [free + unclear for free, unclear in zip(ledger.at_first, ledger.unclear, strict=True)]
     for server in work.snapshot.servers:
         if not server.pinned or server.state in LEAVING:
-            for position, size in work.ledger.gains[server.server_id]:
+            for position, size in ledger.gains[server.server_id]:
                 reach[position] += size
     capacity = capacities(wish.sites, reach)
     if find(wish, capacity) is not None:

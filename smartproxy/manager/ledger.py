@@ -43,6 +43,8 @@ class Ledger:
     overhead_bytes: tuple[int, ...]
     #: free before anything was decided
     at_first: tuple[int, ...]
+    #: seen as strangers' but perhaps that of our servers which load: where the driver doesn't tell
+    unclear: tuple[int, ...]
     #: free now
     now: list[int]
     #: free once all that leaves is gone, and what older loads wait for is theirs
@@ -77,12 +79,13 @@ class Ledger:
 def open_ledger(snapshot: Snapshot) -> Ledger:
     """Return the books of a snapshot: free memory and places before anything is decided."""
     healthy = tuple(gpu for gpu in snapshot.gpus or () if gpu.error is None)
-    free, gains = _free_and_gains(healthy, snapshot)
+    free, unclear, gains = _free_and_gains(healthy, snapshot)
     places = snapshot.settings.pool_size - len(snapshot.servers)
     ledger = Ledger(
         gpus=healthy,
         overhead_bytes=tuple(overhead_bytes(gpu, snapshot) for gpu in healthy),
         at_first=tuple(free),
+        unclear=tuple(unclear),
         now=free,
         later=list(free),
         places_now=places,
@@ -101,8 +104,8 @@ def overhead_bytes(gpu: Gpu, snapshot: Snapshot) -> int:
 
 def _free_and_gains(
     gpus: Sequence[Gpu], snapshot: Snapshot
-) -> tuple[list[int], dict[int, list[tuple[int, int]]]]:
-    """Return free bytes per GPU, and per server what its end gives back."""
+) -> tuple[list[int], list[int], dict[int, list[tuple[int, int]]]]:
+    """Return free and unclear bytes per GPU, and per server what its end gives back."""
     holders: dict[str, list[tuple[RunningServer, Hold]]] = {gpu.uuid: [] for gpu in gpus}
     gains: dict[int, list[tuple[int, int]]] = {}
     for server in snapshot.servers:
@@ -110,7 +113,7 @@ def _free_and_gains(
         for uuid, hold in server.holds.items():
             if uuid in holders:
                 holders[uuid].append((server, hold))
-    free = []
+    free, unclear = [], []
     for position, gpu in enumerate(gpus):
         visible = _visible(gpu, holders[gpu.uuid], snapshot.now)
         strangers = max(0, gpu.used_bytes - sum(visible))
@@ -122,7 +125,17 @@ def _free_and_gains(
             gains[server.server_id].append((position, held))
         by_books = gpu.total_bytes - strangers - promised
         free.append(min(gpu.free_bytes - invisible, by_books) - snapshot.settings.headroom_bytes)
-    return free, gains
+        unclear.append(min(strangers, _promised_unseen(holders[gpu.uuid], snapshot.now)))
+    return free, unclear, gains
+
+
+def _promised_unseen(holders: Sequence[tuple[RunningServer, Hold]], now: float) -> int:
+    """Return what is promised to servers that NVML shows nothing of and may not need to yet."""
+    return sum(
+        hold.reserved_bytes
+        for server, hold in holders
+        if not _is_seen(server) and not _is_hidden(server, now)
+    )
 
 
 def _visible(gpu: Gpu, holders: Sequence[tuple[RunningServer, Hold]], now: float) -> list[int]:
@@ -146,4 +159,8 @@ def _visible(gpu: Gpu, holders: Sequence[tuple[RunningServer, Hold]], now: float
 def _is_hidden(server: RunningServer, now: float) -> bool:
     """Return whether a server must have memory but NVML shows none of it."""
     loaded = server.ready_at is not None and now - server.ready_at >= SETTLED_S
-    return loaded and not any(hold.visible_bytes for hold in server.holds.values())
+    return loaded and not _is_seen(server)
+
+
+def _is_seen(server: RunningServer) -> bool:
+    return any(hold.visible_bytes for hold in server.holds.values())

@@ -127,7 +127,7 @@ def _packed(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
 def _distribute(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
     """As many GPUs as allowed, vacant ones first; one only where there is no second."""
     if not several_allowed(wish):
-        yield from _alone(wish, wish.sites, capacity)
+        yield from _single_gpu_preferred(wish, capacity)
         return
     for sites in (_vacant(wish), splittable(wish.sites)):
         order = _biggest_first(sites, capacity)
