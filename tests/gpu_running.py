@@ -25,8 +25,11 @@ GIB = 1 << 30
 MIB = 1 << 20
 #: every layer takes so much, its cache at 2048 tokens included
 LAYER_BYTES = 229 * MIB
-#: compute buffer, and less than what is assumed for the backend on any card
+#: its compute buffer, and what is assumed for the backend on a small card
 FIXED_BYTES = 360 * MIB
+#: less than its compute buffer: the stand-in tells all it takes as buffers, nothing as overhead,
+#: which is learned from
+TAKEN_BESIDE_LAYERS_BYTES = 100 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,7 @@ def model(folder: Path, name: str, gib: float, **more: Any) -> dict[str, Any]:
     )
     shape = gguf_shapes.transformer(f"{name}.Q8_0", "llama", body)
     config = more.pop("config", {})
-    knobs = {"gpu_bytes": layers * LAYER_BYTES + FIXED_BYTES, **more}
+    knobs = {"gpu_bytes": layers * LAYER_BYTES + TAKEN_BESIDE_LAYERS_BYTES, **more}
     said = ",".join(f"{key}={value}" for key, value in knobs.items())
     path = gguf_files.write(shape, folder)
     return {"path": str(path), "args": ["--fake", said], **config}
@@ -85,9 +88,12 @@ def model(folder: Path, name: str, gib: float, **more: Any) -> dict[str, Any]:
 def gpu_machine(
     folder: Path, world: World, models: Mapping[str, Any], **settings: Any
 ) -> Iterator[tuple[Proxy, WorldFile]]:
-    """Run a proxy on this machine, once it has seen the GPUs; yields it and the world to change."""
+    """Run a proxy on this machine, once it has seen the GPUs; yields it and the world to change.
+
+    settings: of the configuration; `env` is more of the proxy's environment.
+    """
     file = WorldFile(folder / "world", world)
-    env = environment(_library(folder), file)
+    env = environment(_library(folder), file) | settings.pop("env", {})
     settings = {"ctx_size": 2048, "min_residency": 0, "gpu_poll_interval": 0.5, **settings}
     with running(folder, models, env=env, **settings) as proxy:
         seen = len(world.gpus)

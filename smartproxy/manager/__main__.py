@@ -193,7 +193,9 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) 
             logger.exception("tick failed")
             soon = False
         doorbell.watch(manager.children)
-        said = doorbell.wait(WAITING_TICK_S if soon else IDLE_TICK_S)
+        # many waiting models make decisions long: they get a part of the time, not all of it
+        pause_s = max(WAITING_TICK_S, 4 * manager.decision_s) if soon else IDLE_TICK_S
+        said = doorbell.wait(min(pause_s, IDLE_TICK_S))
         if b"look" in said:
             manager.look_at_gpus()
         if manager.look_wanted.is_set():

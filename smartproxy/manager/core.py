@@ -15,7 +15,7 @@ from smartproxy.manager.process import Child
 from smartproxy.manager.recent import RecentUse
 from smartproxy.settings import Settings
 from smartproxy.state.store import Store
-from smartproxy.types import GpuSnapshot, Need, Placement, RunningServer
+from smartproxy.types import GpuSnapshot, RunningServer
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
@@ -46,8 +46,8 @@ class Ended:
     server: RunningServer
     pid: int | None
     at: float
-    #: by GPU uuid: bytes that will be used and no process's once its memory is back
-    unclaimed_bytes: Mapping[str, int]
+    #: by GPU uuid, where NVML never showed its process: bytes used when its memory is back
+    used_at_most: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +74,7 @@ class Manager:
     #: None until looked at once
     gpus: GpuSnapshot | None = None
     children: dict[int, Child] = field(default_factory=dict)
-    placements: dict[int, Placement] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
-    needs: dict[str, Need] = field(default_factory=dict)
     #: models to load without being asked; taken out once tried
     preload: set[str] = field(default_factory=set)
     #: settings that llama-fit-params was asked about (fit_params.py)
@@ -89,6 +87,12 @@ class Manager:
     failing_since: dict[str, float] = field(default_factory=dict)
     #: servers whose memory is not back yet, by id
     ended: dict[int, Ended] = field(default_factory=dict)
+    #: by GPU uuid: bytes used that are no listed process's and none of ours; and the last look
+    #: that was considered for it
+    unclaimed_bytes: dict[str, int] = field(default_factory=dict)
+    others_at: GpuSnapshot | None = None
+    #: pids of ours of which NVML has told memory
+    shown_pids: set[int] = field(default_factory=set)
     #: models that ran out of GPU memory while loading
     shortages: dict[str, Shortage] = field(default_factory=dict)
     #: seconds that the last decision took

@@ -9,11 +9,12 @@ else is evicted for what is coming anyway.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from smartproxy.manager.core import Ended, Manager
 from smartproxy.state import fleet
+from smartproxy.state.store import Row
 from smartproxy.types import MIB, Gpu, GpuSnapshot, Hold, RunningServer, ServerState
 
 logger = logging.getLogger(__name__)
@@ -24,21 +25,58 @@ PATIENCE_S = 5.0
 TOLERANCE_BYTES = 64 * MIB
 
 
+def note_others(manager: Manager, live: list[Row], promised: Mapping[int, list[Row]]) -> None:
+    """Remember what each new look shows as used that no listed process has, and none of ours.
+
+    Only while all our servers on the GPU show themselves and none has just ended: what a process
+    leaves behind when it goes is no process's for a while, either.
+    """
+    seen = manager.gpus
+    if seen is None or seen is manager.others_at:
+        return
+    manager.others_at = seen
+    for gpu in seen.gpus:
+        listed = {process.pid for process in gpu.processes if process.used_bytes}
+        ours = {row["pid"] for row in live if _has_part(promised.get(row["id"], ()), gpu)}
+        manager.shown_pids |= ours & listed
+        ending = any(gpu.uuid in ended.server.holds for ended in manager.ended.values())
+        if ours <= listed and not ending:
+            manager.unclaimed_bytes[gpu.uuid] = _unclaimed(gpu)
+
+
 def note_end(manager: Manager, server_id: int, now: float) -> None:
     """Remember what a server had whose process has ended; call before its row says so."""
     parts = fleet.assignments(manager.store).get(server_id, [])
-    if not parts or manager.gpus is None:
+    seen = manager.gpus
+    if not parts or seen is None:
         return
     row = fleet.server(manager.store, server_id)
-    holds = {
-        part["gpu_uuid"]: Hold(reserved_bytes=part["reserved_bytes"], visible_bytes=0)
-        for part in parts
-    }
-    server = RunningServer(
-        server_id=server_id,
+    reserved = {part["gpu_uuid"]: part["reserved_bytes"] for part in parts}
+    loaded = row["ready_at"] is not None and seen.observed_at > row["ready_at"]
+    hidden = loaded and row["pid"] not in manager.shown_pids
+    for gpu in seen.gpus:
+        if gpu.uuid in reserved:  # where nothing is known yet
+            manager.unclaimed_bytes.setdefault(gpu.uuid, _unclaimed(gpu))
+    manager.ended[server_id] = Ended(
+        server=_stopping(row, reserved),
+        pid=row["pid"],
+        at=now,
+        # a half is a sure sign: what was promised is not much more than what was used
+        used_at_most={
+            gpu.uuid: gpu.used_bytes - reserved[gpu.uuid] // 2
+            for gpu in seen.gpus
+            if hidden and gpu.uuid in reserved
+        },
+    )
+    manager.look_at_gpus()
+
+
+def _stopping(row: Row, reserved: Mapping[str, int]) -> RunningServer:
+    return RunningServer(
+        server_id=row["id"],
         model_id=row["model_id"],
         state=ServerState.STOPPING,
-        holds=holds,
+        holds={uuid: Hold(reserved_bytes=size, visible_bytes=0) for uuid, size in reserved.items()},
         busy=0,
         pinned=False,
         created_at=row["created_at"],
@@ -46,27 +84,6 @@ def note_end(manager: Manager, server_id: int, now: float) -> None:
         last_used_at=row["last_used_at"],
         load_s=row["load_s"] or 0.0,
     )
-    loaded = row["ready_at"] is not None and manager.gpus.observed_at > row["ready_at"]
-    manager.ended[server_id] = Ended(
-        server=server,
-        pid=row["pid"],
-        at=now,
-        unclaimed_bytes={
-            gpu.uuid: _left_behind(gpu, row["pid"], holds[gpu.uuid].reserved_bytes, loaded)
-            for gpu in manager.gpus.gpus
-            if gpu.uuid in holds
-        },
-    )
-    manager.look_at_gpus()
-
-
-def _left_behind(gpu: Gpu, pid: int | None, reserved_bytes: int, loaded: bool) -> int:
-    """Return what will be used of a GPU and no process's when this server's memory is back."""
-    unclaimed = _unclaimed(gpu)
-    if loaded and not _bytes_of(gpu, pid):
-        # the driver does not tell who has what: it must be in there, and a half is a sure sign
-        unclaimed -= reserved_bytes // 2
-    return max(0, unclaimed)
 
 
 def still_held(manager: Manager, live_ids: set[int], now: float) -> Iterator[RunningServer]:
@@ -78,7 +95,8 @@ def still_held(manager: Manager, live_ids: set[int], now: float) -> Iterator[Run
     if seen is None:
         return
     for server_id, ended in list(manager.ended.items()):
-        if _is_back(ended, seen):
+        left = {gpu.uuid: _left(manager, ended, gpu) for gpu in _its(ended, seen)}
+        if seen.observed_at > ended.at and not any(left.values()):
             del manager.ended[server_id]
         elif now - ended.at > PATIENCE_S:
             del manager.ended[server_id]
@@ -89,41 +107,47 @@ def still_held(manager: Manager, live_ids: set[int], now: float) -> Iterator[Run
         else:
             manager.look_at_gpus()
             if server_id not in live_ids:
-                yield replace(ended.server, holds=_holds(ended, seen))
+                holds = {
+                    uuid: replace(hold, visible_bytes=left.get(uuid, 0))
+                    for uuid, hold in ended.server.holds.items()
+                }
+                yield replace(ended.server, holds=holds)
 
 
-def _is_back(ended: Ended, seen: GpuSnapshot) -> bool:
-    if seen.observed_at <= ended.at:
-        return False
-    return not any(
-        _shown(gpu, ended.pid) or _excess(ended, gpu) > TOLERANCE_BYTES
-        for gpu in seen.gpus
-        if gpu.uuid in ended.unclaimed_bytes and gpu.error is None
-    )
+def _its(ended: Ended, seen: GpuSnapshot) -> list[Gpu]:
+    return [gpu for gpu in seen.gpus if gpu.uuid in ended.server.holds and gpu.error is None]
 
 
-def _holds(ended: Ended, seen: GpuSnapshot) -> dict[str, Hold]:
-    """Return its holds with what NVML's "used" still contains of them."""
-    holds = dict(ended.server.holds)
-    for gpu in seen.gpus:
-        if gpu.uuid in ended.unclaimed_bytes:
-            reserved = holds[gpu.uuid].reserved_bytes
-            visible = _bytes_of(gpu, ended.pid) or min(reserved, max(0, _excess(ended, gpu)))
-            holds[gpu.uuid] = Hold(reserved_bytes=reserved, visible_bytes=visible)
-    return holds
+def _left(manager: Manager, ended: Ended, gpu: Gpu) -> int:
+    """Return what NVML's "used" still contains of an ended server, as far as can be told."""
+    reserved = ended.server.holds[gpu.uuid].reserved_bytes
+    if gpu.uuid in ended.used_at_most and not _listed(gpu, ended.pid):
+        return reserved if gpu.used_bytes > ended.used_at_most[gpu.uuid] else 0
+    if any(process.pid == ended.pid for process in gpu.processes):
+        return _listed(gpu, ended.pid) or reserved
+    return _left_behind(manager, gpu, reserved)
 
 
-def _excess(ended: Ended, gpu: Gpu) -> int:
-    return _unclaimed(gpu) - ended.unclaimed_bytes[gpu.uuid]
+def visible_bytes(manager: Manager, gpu: Gpu, pid: int | None, reserved_bytes: int) -> int:
+    """Return what NVML's "used" contains of a server whose row says that it lives."""
+    listed = _listed(gpu, pid)
+    if listed or pid not in manager.shown_pids:
+        return listed
+    return _left_behind(manager, gpu, reserved_bytes)  # it has just ended, nobody noticed yet
+
+
+def _left_behind(manager: Manager, gpu: Gpu, reserved_bytes: int) -> int:
+    excess = _unclaimed(gpu) - manager.unclaimed_bytes.get(gpu.uuid, 0)
+    return min(reserved_bytes, excess) if excess > TOLERANCE_BYTES else 0
+
+
+def _listed(gpu: Gpu, pid: int | None) -> int:
+    return sum(process.used_bytes or 0 for process in gpu.processes if process.pid == pid)
 
 
 def _unclaimed(gpu: Gpu) -> int:
     return gpu.used_bytes - sum(process.used_bytes or 0 for process in gpu.processes)
 
 
-def _shown(gpu: Gpu, pid: int | None) -> bool:
-    return any(process.pid == pid for process in gpu.processes)
-
-
-def _bytes_of(gpu: Gpu, pid: int | None) -> int:
-    return sum(process.used_bytes or 0 for process in gpu.processes if process.pid == pid)
+def _has_part(parts: Iterable[Row], gpu: Gpu) -> bool:
+    return any(part["gpu_uuid"] == gpu.uuid for part in parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from smartproxy.errors import SmartProxyError
@@ -30,14 +30,16 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
     that reason here and do not reach the planner.
     """
     live = fleet.live_servers(manager.store)
+    promised = fleet.assignments(manager.store)
     recent.count(manager.store, manager.recent, now)
+    freed.note_others(manager, live, promised)
     gpus = manager.gpus.gpus if manager.gpus else None
     settings = manager.settings
     return Snapshot(
         now=now,
         gpus=gpus,
         servers=(
-            *_running(manager, live, demands, now),
+            *_running(manager, live, promised, (demands, now)),
             *freed.still_held(manager, {row["id"] for row in live}, now),
         ),
         loads=tuple(_waiting(manager, live, demands, now)),
@@ -54,16 +56,13 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
 
 
 def _running(
-    manager: Manager, live: list[Row], demands: list[Demand], now: float
+    manager: Manager,
+    live: list[Row],
+    promised: Mapping[int, list[Row]],
+    asked: tuple[list[Demand], float],
 ) -> Iterator[RunningServer]:
-    gpus = manager.gpus.gpus if manager.gpus else ()
+    demands, now = asked
     wanted = Counter(wish.model_id for wish in demands if wish.kind == "load")
-    promised = fleet.assignments(manager.store) if gpus else {}
-    shown = {
-        (gpu.uuid, process.pid): process.used_bytes or 0
-        for gpu in gpus
-        for process in gpu.processes
-    }
     for row in live:
         spec = manager.catalog.models.get(row["model_id"])
         use = manager.recent.uses.get(row["model_id"])
@@ -72,13 +71,7 @@ def _running(
             server_id=row["id"],
             model_id=row["model_id"],
             state=ServerState(row["state"]),
-            holds={
-                part["gpu_uuid"]: Hold(
-                    reserved_bytes=part["reserved_bytes"],
-                    visible_bytes=shown.get((part["gpu_uuid"], row["pid"]), 0),
-                )
-                for part in promised.get(row["id"], [])
-            },
+            holds=_holds(manager, row["pid"], promised.get(row["id"], [])),
             # who waits for a server that is ready is about to use it
             busy=max(row["leased"], slots_busy(row)) + wanted[row["model_id"]],
             pinned=bool(spec and spec.pinned),
@@ -90,6 +83,16 @@ def _running(
             recent_tokens=tokens,
             on_cpu_for_want_of_gpu=bool(row["on_cpu_for_want_of_gpu"]),
         )
+
+
+def _holds(manager: Manager, pid: int | None, parts: list[Row]) -> dict[str, Hold]:
+    gpus = {gpu.uuid: gpu for gpu in (manager.gpus.gpus if manager.gpus else ())}
+    holds = {}
+    for part in parts:
+        gpu, reserved = gpus.get(part["gpu_uuid"]), part["reserved_bytes"]
+        visible = freed.visible_bytes(manager, gpu, pid, reserved) if gpu else 0
+        holds[part["gpu_uuid"]] = Hold(reserved_bytes=reserved, visible_bytes=visible)
+    return holds
 
 
 def slots_busy(row: Row) -> int:
