@@ -241,3 +241,16 @@ def test_the_real_servers_buffers_are_kept_and_agree_with_the_estimate(tmp_path:
         assert again["host_estimated_bytes"] == pytest.approx(
             row["buffers_bytes"], abs=ROUNDING + 1
         )
+
+
+@pytest.mark.real
+def test_a_draft_model_is_really_used_and_was_counted(tmp_path: Path) -> None:
+    models = {"smol": {"path": str(REAL_MODEL), "draft_model": str(REAL_MODEL)}}
+    with running(tmp_path, models, real=True, ctx_size=2048) as proxy:
+        answer = proxy.chat("smol", max_tokens=16, temperature=0).json()
+        assert answer["timings"]["draft_n"] > 0
+        (row,) = wait_until(
+            lambda: proxy.rows("SELECT * FROM measurements WHERE buffers_bytes IS NOT NULL"),
+            what="measured",
+        )
+        assert row["buffers_bytes"] <= row["predicted_bytes"] <= 1.2 * row["buffers_bytes"]

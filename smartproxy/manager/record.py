@@ -234,6 +234,8 @@ def _learn_overhead(manager: Manager, row: Row, part: Row, seen: tuple[int, bool
     measured.learn_overhead(
         store, part["device"], build, overhead_bytes=overhead, warm=warm, now=time.time()
     )
+    if known and known["overhead_bytes"] >= overhead:
+        return  # only believed more now
     message = (
         f"server {row['id']} takes {_mib(overhead)} of {_named(part)} beside its buffers"
         f" ({_mib(part['overhead_bytes'])} were assumed)"

@@ -407,6 +407,31 @@ def recent_use(db: Database) -> None:
         db.execute(statement)
 
 
+ACCURACY = """
+DROP VIEW accuracy;
+
+CREATE VIEW accuracy AS
+SELECT datetime(at, 'unixepoch', 'localtime') AS time, model_id AS model, server_id AS server,
+       coalesce('gpu ' || (SELECT gpu_index FROM gpus WHERE uuid = device), device) AS device,
+       round(estimated_bytes / 1048576.0, 1) AS estimated_mb,
+       round((CASE device WHEN 'host' THEN buffers_bytes
+                          ELSE coalesce(process_bytes, buffers_bytes + overhead_bytes) END)
+             / 1048576.0, 1) AS measured_mb,
+       round(predicted_bytes / 1048576.0, 2) AS predicted_buffers_mb,
+       round(buffers_bytes / 1048576.0, 2) AS buffers_mb,
+       round((process_bytes - buffers_bytes) / 1048576.0, 1) AS overhead_mb
+FROM measurements WHERE buffers_bytes IS NOT NULL OR process_bytes IS NOT NULL
+ORDER BY id;
+"""
+
+
+@migrations(name="0005_accuracy_by_gpu")
+def accuracy_by_gpu(db: Database) -> None:
+    """Name GPUs by NVML's number, not by their place in a split."""
+    for statement in _statements(ACCURACY):
+        db.execute(statement)
+
+
 def _statements(script: str) -> list[str]:
     """Split DDL at the semicolons that end a line; executescript would commit the transaction."""
     return [part for part in script.split(";\n") if part.strip()]
