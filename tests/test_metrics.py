@@ -219,13 +219,13 @@ def test_counts_outlive_a_restart(tmp_path: Path) -> None:
         assert value(_scrape(proxy), "loads_total", model="m", outcome="ready") == 1
 
 
-@pytest.mark.servers
 def test_the_time_of_the_last_decision_is_told_once_there_was_one(store: Store) -> None:
     assert value(seen(store), "decision_seconds") is None
     fleet.update_manager(store, {"decision_s": 0.002})
     assert value(seen(store), "decision_seconds") == 0.002
 
 
+@pytest.mark.servers
 def test_metrics_want_a_key_where_requests_do(tmp_path: Path) -> None:
     with running(tmp_path, {"m": fake_model()}, api_keys=["sesame"]) as proxy:
         assert requests.get(f"{proxy.url}/metrics").status_code == 401
@@ -254,13 +254,9 @@ def test_the_dashboard_knows_exactly_what_is_exposed(store: Store) -> None:
     fleet.update_server(store, server_id, {"predicted_tokens_total": 0})
     move(store, server_id, "starting", "ready")
     counts.add_requests(store, {("m", "200"): 1})
+    fleet.update_manager(store, {"decision_s": 0.002})
     exposed = {name: set(dict(labels)) for name, labels in seen(store)}
     assert exposed == {name: set(labels) for name, labels in METRICS.items()}
-
-
-def test_the_last_decision_is_timed(store: Store) -> None:
-    fleet.update_manager(store, {"decision_s": 0.004})
-    assert value(seen(store), "decision_seconds") == 0.004
 
 
 def test_an_abandoned_request_counts_as_499(tmp_path: Path) -> None:

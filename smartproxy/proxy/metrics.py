@@ -169,8 +169,3 @@ def manager(store: Store) -> Iterator[Metric]:
             "Seconds that the manager's last decision took: to look at the books and to plan.",
             value=decided,
         )
-    yield GaugeMetricFamily(
-        "smartproxy_decision_seconds",
-        "Seconds that the last decision took that did something.",
-        value=fleet.manager_row(store)["decision_s"] or 0.0,
-    )
