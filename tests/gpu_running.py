@@ -96,7 +96,7 @@ def gpu_machine(
     env = environment(_library(folder), file) | settings.pop("env", {})
     settings = {"ctx_size": 2048, "min_residency": 0, "gpu_poll_interval": 0.5, **settings}
     with running(folder, models, env=env, **settings) as proxy:
-        seen = len(world.gpus)
+        seen = sum(len(gpu.migs or (gpu,)) for gpu in world.gpus)
         # not by /health, which has the GPUs looked at anew
         wait_until(lambda: len(proxy.rows("SELECT 1 FROM gpus")) == seen, what="GPUs seen")
         yield proxy, file

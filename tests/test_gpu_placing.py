@@ -10,6 +10,7 @@ import pytest
 import requests
 
 from tests import gguf_files, gguf_shapes
+from tests.fakes.world import FakeGpu, FakeMig, World
 from tests.gpu_running import (
     GIB,
     MIB,
@@ -117,6 +118,23 @@ def test_a_vulkan_build_is_pinned_by_device_names(tmp_path: Path) -> None:
         assert file.free_bytes()[uuid(0)] == 8 * GIB
         assert proxy.chat("wide").status_code == 200
         assert started(proxy, "wide").flag("--device") == "Vulkan1,Vulkan0"
+
+
+def test_slices_of_one_gpu_take_whole_models_and_are_named_by_their_uuid(tmp_path: Path) -> None:
+    slices = tuple(FakeMig(uuid=f"MIG-{number}", total_bytes=20 * GIB) for number in range(2))
+    whole = FakeGpu(uuid=uuid(0), total_bytes=80 * GIB, migs=slices)
+    models = {
+        "m": model(tmp_path, "m", 12, gpu_bytes=0),
+        "n": model(tmp_path, "n", 12, gpu_bytes=0),
+        "wide": model(tmp_path, "wide", 30),
+    }
+    with gpu_machine(tmp_path, World(gpus=(whole,)), models) as (proxy, _):
+        for name in ("m", "n"):
+            assert proxy.chat(name).status_code == 200
+        assert started(proxy, "m").cards() == ["MIG-0"]
+        assert started(proxy, "n").cards() == ["MIG-1"]
+        refused = proxy.chat("wide").json()["error"]
+        assert "largest set of GPUs has 19.8 GB (1 GPU" in refused["message"]
 
 
 def test_what_a_model_s_configuration_says_of_its_place_is_carried_out(tmp_path: Path) -> None:

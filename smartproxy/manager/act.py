@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smartproxy.errors import SmartProxyError
+from smartproxy.errors import LoadFailed, SmartProxyError
 from smartproxy.manager import freed, process
 from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import argv_of, bring_up, free_port
@@ -35,8 +35,10 @@ def carry_out(manager: Manager, decision: Decision, demands: list[Demand], now: 
     for start_ in decision.starts:
         try:
             start(manager, start_, now)
-        except SmartProxyError as error:  # no port, no such device, the file has just gone
-            manager.failed(start_.model_id, error.code, str(error))
+        except (SmartProxyError, OSError) as error:
+            # no port, no such device, the file has just gone: the load's failure, not the pass's
+            code = error.code if isinstance(error, SmartProxyError) else LoadFailed.code
+            manager.failed(start_.model_id, code, f"model '{start_.model_id}': {error}")
     for refusal in decision.refusals:
         manager.preload.discard(refusal.model_id)
         _answer(manager, demands, refusal.model_id, refusal.code, refusal.message, now)
@@ -52,7 +54,8 @@ def carry_out(manager: Manager, decision: Decision, demands: list[Demand], now: 
             f" (queue_timeout): {wait.reason}"
         )
         _answer(manager, late, wait.model_id, wait.code_at_timeout, message, now)
-    fleet.set_waits(manager.store, {w.model_id: w.reason for w in decision.waits}, now=now)
+    waits = {wait.model_id: wait.reason for wait in decision.waits}
+    fleet.set_waits(manager.store, waits, now=now, data=_decided(manager))
 
 
 def _answer(

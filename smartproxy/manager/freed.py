@@ -35,6 +35,8 @@ def note_others(manager: Manager, live: list[Row], promised: Mapping[int, list[R
     if seen is None or seen is manager.others_at:
         return
     manager.others_at = seen
+    known = {row["pid"] for row in live} | {ended.pid for ended in manager.ended.values()}
+    manager.shown_pids &= known  # a number may come again
     for gpu in seen.gpus:
         listed = {process.pid for process in gpu.processes if process.used_bytes}
         ours = {row["pid"] for row in live if _has_part(promised.get(row["id"], ()), gpu)}

@@ -236,8 +236,13 @@ def manager_row(store: Store) -> Row:
     return row
 
 
-def set_waits(store: Store, waits: Mapping[str, str], *, now: float) -> None:
-    """Say what each waiting model waits for; models not named wait no more."""
+def set_waits(
+    store: Store, waits: Mapping[str, str], *, now: float, data: Mapping[str, Any]
+) -> None:
+    """Say what each waiting model waits for; models not named wait no more.
+
+    The first reason of each is an event too. data: what it says besides.
+    """
     known = {row["model_id"]: row["reason"] for row in store.read("SELECT * FROM waits")}
     if known == dict(waits):
         return
@@ -249,3 +254,5 @@ def set_waits(store: Store, waits: Mapping[str, str], *, now: float) -> None:
             " ON CONFLICT (model_id) DO UPDATE SET reason = excluded.reason",
             [(model_id, reason, now) for model_id, reason in waits.items()],
         )
+        for model_id in waits.keys() - known.keys():
+            add_event(connection, now, "load", waits[model_id], model_id=model_id, data=data)
