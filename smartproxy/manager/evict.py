@@ -51,6 +51,8 @@ SIZE_EXPONENT = 0.2
 _EXACT_SERVERS = 12
 #: sets looked at for a place over several GPUs before the search turns greedy
 _EXACT_SETS = 200
+#: and none where more victims than that are needed: the cheapest sets are small ones
+_EXACT_VICTIMS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +120,8 @@ def _for_memory(
         if chosen is not None:
             # a part of them may do over several GPUs
             return _pruned(chosen, fits) if several_allowed(wish) else chosen
-    return _over_several(order, fits)
+    few = sorted(gained.values(), reverse=True)[:_EXACT_VICTIMS]
+    return _over_several(order, fits, sets=_EXACT_SETS if sum(few) >= missing else 0)
 
 
 def _least_bytes(wish: Wish) -> int:
@@ -200,10 +203,10 @@ def _greedy_cover(
 
 
 def _over_several(
-    order: Sequence[Victim], fits: Callable[[Sequence[Victim]], bool]
+    order: Sequence[Victim], fits: Callable[[Sequence[Victim]], bool], *, sets: int
 ) -> tuple[Victim, ...]:
-    """Return the cheapest set by trying sets in order of cost; after many, by cost per byte."""
-    for chosen in islice(_sets_by_cost(order), _EXACT_SETS):
+    """Return the cheapest set by trying so many in order of cost; then by cost per byte."""
+    for chosen in islice(_sets_by_cost(order), sets):
         if fits(chosen):
             return chosen
     by_worth = sorted(order, key=lambda v: v.cost / sum(size for _, size in v.gains))
