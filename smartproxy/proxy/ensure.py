@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 LOOK_ANYWAY_S = 0.25
 #: routes may be this old: a server that is leaving waits for its leases, and no lease is written
 #: on one that is no longer ready, so that this is only a matter of asking less often
-ROUTES_OLD_S = 0.001
+ROUTES_OLD_S = 0.01
 #: how long an idle server's lease is kept before it is given back: sequential requests of one
 #: client then cost no writes, and an eviction waits at most this long for it
 LINGER_S = 0.05
