@@ -14,7 +14,9 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -68,6 +70,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended then too
     with tempfile.TemporaryDirectory(prefix="bench-datapath-") as name:
         folder = Path(name)
         programs = build(folder)

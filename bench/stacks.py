@@ -206,7 +206,14 @@ def litellm(venv: Path, backend: str, folder: Path) -> Iterator[Stack]:
     with started(argv, folder, env=env, cwd=folder) as process:
         address = f"127.0.0.1:{port}"
         yield wait_answers(
-            Stack(name="LiteLLM", address=address, model=MODEL, pids=[process.pid], share=0.03)
+            Stack(
+                name="LiteLLM",
+                address=address,
+                model=MODEL,
+                pids=[process.pid],
+                share=0.03,
+                rewrites=True,
+            )
         )
 
 

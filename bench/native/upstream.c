@@ -137,8 +137,8 @@ static void answer(int fd) {
     c->tokens = field(body, "\"max_tokens\"", 1);
     c->interval_us = field(body, "\"seed\"", 0);
     snprintf(c->user, sizeof c->user, "none");
-    char *user = strstr(body, "\"user\"");
-    if (user) sscanf(user, "\"user\" : \"%60[A-Za-z0-9.-]\"", c->user);
+    for (char *user = strstr(body, "\"user\""); user; user = strstr(user + 1, "\"user\""))
+        if (sscanf(user, "\"user\" : \"%60[A-Za-z0-9.-]\"", c->user) == 1) break;   /* else it is a role */
     if (strstr(body, "\"stream\":true") || strstr(body, "\"stream\": true")) {
         const char *head = "HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nAccess-Control-Allow-Origin: \r\n"
                            "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n";
