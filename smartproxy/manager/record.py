@@ -138,7 +138,7 @@ def _tell_of_buffers(manager: Manager, row: Row, part: Row, buffers_bytes: int) 
     if buffers_bytes <= expected + ROUNDING_BYTES:
         return
     message = (
-        f"server {row['id']} model={row['model_id']}: its buffers on {_named(part)} take"
+        f"server {row['id']} model={row['model_id']}: its buffers on {_named(manager, part)} take"
         f" {_mib(buffers_bytes)}, {_mib(expected)} were estimated; its next estimate is raised"
     )
     on_host = part["device"] == measured.HOST
@@ -237,7 +237,7 @@ def _learn_overhead(manager: Manager, row: Row, part: Row, seen: tuple[int, bool
     if known and known["overhead_bytes"] >= overhead:
         return  # only believed more now
     message = (
-        f"server {row['id']} takes {_mib(overhead)} of {_named(part)} beside its buffers"
+        f"server {row['id']} takes {_mib(overhead)} of {_named(manager, part)} beside its buffers"
         f" ({_mib(part['overhead_bytes'])} were assumed)"
     )
     _tell(manager, message, row, part, logging.INFO)
@@ -245,8 +245,9 @@ def _learn_overhead(manager: Manager, row: Row, part: Row, seen: tuple[int, bool
 
 def _tell_of_process(manager: Manager, row: Row, part: Row, held: int) -> None:
     message = (
-        f"server {row['id']} model={row['model_id']}: NVML shows {_mib(held)} on {_named(part)},"
-        f" {_mib(part['estimated_bytes'])} were estimated; its next estimate is raised"
+        f"server {row['id']} model={row['model_id']}: NVML shows {_mib(held)} on"
+        f" {_named(manager, part)}, {_mib(part['estimated_bytes'])} were estimated;"
+        " its next estimate is raised"
     )
     _tell(manager, message, row, part, logging.ERROR)
 
@@ -259,7 +260,10 @@ def _tell(manager: Manager, message: str, row: Row, part: Row, level: int) -> No
     )
 
 
-def _named(part: Row) -> str:
+def _named(manager: Manager, part: Row) -> str:
+    for gpu in manager.gpus.gpus if manager.gpus else ():
+        if gpu.uuid == part["device"]:
+            return f"GPU {gpu.index}"
     return "the host" if part["device"] == measured.HOST else str(part["device"])
 
 

@@ -91,9 +91,9 @@ def fill_taken(store: Store, taken: Iterable[Taken], *, now: float) -> None:
             )
             # a sum that lacks a GPU would look like a model that shrank
             connection.execute(
-                "UPDATE servers SET measured_bytes = (SELECT sum(measured_bytes) FROM assignments"
-                " WHERE server_id = servers.id HAVING count(*) = count(measured_bytes))"
-                " WHERE id = ?",
+                "UPDATE servers SET measured_bytes = (SELECT CASE WHEN count(*) ="
+                " count(measured_bytes) THEN sum(measured_bytes) END FROM assignments"
+                " WHERE server_id = servers.id) WHERE id = ?",
                 (part.server_id,),
             )
 
