@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -202,6 +203,8 @@ def test_a_lost_card_that_returns_is_used_again(start: Start, world: WorldFile) 
         assert placed_on(proxy, "m") == [BIG]
         assert events(proxy, "gpu 0 error->%") == ["gpu 0 error->available: it answers again"]
         assert proxy.health()["status"] == "ok"
+    # it took a new session to see it again; each was closed, the last with the manager
+    assert re.fullmatch(r"(\+-){2,}", world.sessions())
 
 
 def test_a_server_on_a_card_that_cannot_be_read_finishes_its_requests(

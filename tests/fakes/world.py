@@ -130,6 +130,10 @@ class WorldFile:
             )
         )
 
+    def sessions(self) -> str:
+        """Return "+" for every nvmlInit that worked and "-" for every nvmlShutdown, in order."""
+        return Path(f"{self.path}.sessions").read_text()
+
     def free_bytes(self) -> dict[str, int]:
         """Return what is free by GPU uuid, as NVML would show it now."""
         return {gpu.uuid: free_of(self.path, gpu) for gpu in self.world.gpus}

@@ -267,6 +267,18 @@ static int copy(char *out, unsigned size, const char *text) {
 
 /* --- session ---------------------------------------------------------------------------------- */
 
+/* "+" for every nvmlInit that worked, "-" for every nvmlShutdown, in the file WORLD.sessions */
+static void note(const char *sign) {
+    const char *path = getenv("SMARTPROXY_FAKE_NVML");
+    if (!path) return;
+    char name[4096];
+    snprintf(name, sizeof name, "%s.sessions", path);
+    int file = open(name, O_WRONLY | O_APPEND | O_CREAT, 0600);
+    if (file < 0) return;
+    if (write(file, sign, 1) != 1) perror(name);
+    close(file);
+}
+
 static int init(const char *function) {
     World *world = read_world();
     if (!world) return DRIVER_NOT_LOADED;
@@ -279,6 +291,7 @@ static int init(const char *function) {
         for (int i = 0; i < world->gpus; i++)
             if (!world->gpu[i].parent[0]) strcpy(device[devices++].uuid, world->gpu[i].uuid);
     }
+    if (!result) note("+");
     pthread_mutex_unlock(&lock);
     return end(world, result);
 }
@@ -293,7 +306,10 @@ int nvmlInitWithFlags(unsigned flags) {
 int nvmlShutdown(void) {
     pthread_mutex_lock(&lock);
     int result = initialised ? OK : UNINITIALIZED;
-    if (initialised) initialised--;
+    if (initialised) {
+        initialised--;
+        note("-");
+    }
     pthread_mutex_unlock(&lock);
     return result;
 }
