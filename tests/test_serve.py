@@ -537,7 +537,7 @@ def test_the_log_is_one_line_an_event_from_every_process(tmp_path: Path) -> None
         assert proxy.chat("m").status_code == 200
         proxy.stop()
         lines = proxy.log().splitlines()
-        assert any("smartproxy.state.fleet" in line for line in lines)
+        assert any("smartproxy.state.events" in line for line in lines)
         assert any("gunicorn.error" in line for line in lines)
         shape = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+[+-]\d\d:\d\d (INFO|WARNING|ERROR) [\w.]+ \S")
         assert [line for line in lines if not shape.match(line)] == []

@@ -99,7 +99,9 @@ def after_load(manager: Manager, server_id: int) -> None:
         return  # its row was lost with the state file, or an earlier manager has read its log
     seen = measured_buffers(_head(Path(row["log_path"])).splitlines())
     if not seen:
-        logger.warning("server %d: its log tells no buffers: nothing learned from it", server_id)
+        # memory of the host is not promised to anybody: no harm in not knowing it
+        level = logging.WARNING if len(expected) > 1 else logging.INFO
+        logger.log(level, "server %d: its log tells no buffers: nothing learned", server_id)
         return
     names = _device_names(row, [name for name in seen if name != HOST])
     buffers = {
