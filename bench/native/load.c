@@ -169,9 +169,10 @@ static int head(conn_t *c, char *end) {
 
 /* Consumes what it can of the input; returns 0 when the connection has moved on to something else. */
 static int digest(conn_t *c) {
-    size_t at = 0;
+    size_t at = 0, at_before;
     int phase_before;
     do {
+        at_before = at;
         char *data = c->in + at, *end;
         size_t len = c->in_len - at, take;
         phase_before = c->phase;
@@ -221,7 +222,7 @@ static int digest(conn_t *c) {
             complete(c);
             return 0;
         }
-    } while (c->phase != phase_before || (at < c->in_len && c->phase != HEAD && c->phase != CHUNK_SIZE));
+    } while (c->phase != phase_before || at != at_before);   /* a read may end between CR and LF */
     memmove(c->in, c->in + at, c->in_len - at);
     c->in_len -= at;
     if (c->in_len >= in_cap - 1) { wrong(c, "endless line"); return 0; }
