@@ -15,21 +15,16 @@ from tempfile import TemporaryDirectory
 from smartproxy.manager.estimate import Loaded, make_need
 from smartproxy.manager.ledger import default_overhead_bytes
 from smartproxy.manager.metadata import read_metadata
-from smartproxy.types import (
-    GIB,
-    MIB,
-    EstimateOptions,
-    Gpu,
+from smartproxy.need_types import EstimateOptions, Layout, ModelMetadata
+from smartproxy.plan_types import (
     Hold,
-    Layout,
-    ModelMetadata,
     PlacePolicy,
     PlanSettings,
     RunningServer,
-    ServerState,
     Snapshot,
     WaitingLoad,
 )
+from smartproxy.types import GIB, MIB, Gpu, ServerState
 from tests import gguf_files, gguf_models
 
 NOW = 1_000_000.0

@@ -25,7 +25,8 @@ from tabulate import tabulate
 from bench import crowded
 from bench.crowded import Listed, machine, waiting, with_loads
 from smartproxy.manager.plan import plan
-from smartproxy.types import GIB, Decision, Snapshot
+from smartproxy.plan_types import Decision, Snapshot
+from smartproxy.types import GIB
 
 SEED = 5
 World = Callable[[Random, Sequence[Listed]], Snapshot]

@@ -22,7 +22,8 @@ from bench import estimate_xllamacpp as xllamacpp
 from smartproxy.manager.estimate import estimate
 from smartproxy.manager.kv_cache import cache_type
 from smartproxy.manager.metadata import from_json, read_metadata, to_json
-from smartproxy.types import MIB, EstimateOptions, Layout, ModelMetadata
+from smartproxy.need_types import EstimateOptions, Layout, ModelMetadata
+from smartproxy.types import MIB
 from tests import gguf_files, gguf_models
 from tests.measured_cases import Case, all_cases, metadata_of, scratch_folder
 

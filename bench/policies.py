@@ -11,7 +11,8 @@ from bench.traces import Trace
 from smartproxy.manager import evict
 from smartproxy.manager.plan import plan
 from smartproxy.manager.work import Cost
-from smartproxy.types import GIB, Decision, RunningServer, ServerState, Snapshot
+from smartproxy.plan_types import Decision, RunningServer, Snapshot
+from smartproxy.types import GIB, ServerState
 
 
 def ours(trace: Trace) -> Policy:

@@ -15,21 +15,19 @@ from itertools import count
 
 from bench.traces import Request, Trace
 from smartproxy.manager.evict import HALF_LIFE_S
-from smartproxy.types import (
-    GIB,
+from smartproxy.need_types import Need
+from smartproxy.plan_types import (
     Decision,
     Evict,
-    Gpu,
     Hold,
-    Need,
     PlacePolicy,
     PlanSettings,
     RunningServer,
-    ServerState,
     Snapshot,
     Start,
     WaitingLoad,
 )
+from smartproxy.types import GIB, Gpu, ServerState
 from tests.worlds import OVERHEAD_BYTES, sketch_of
 
 #: starting a process and reading the model

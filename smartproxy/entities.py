@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, computed_field, field_validator
 
-from smartproxy.types import GIB, Gpu, GpuState, ServerState, Strategy
+from smartproxy.plan_types import Strategy
+from smartproxy.types import GIB, Gpu, GpuState, ServerState
 
 GpuId = Annotated[int, Field(ge=0)]
 Pid = Annotated[int, Field(gt=0)]

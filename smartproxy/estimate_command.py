@@ -19,7 +19,7 @@ from smartproxy.errors import MetadataError
 from smartproxy.manager.estimate import DEFAULT_OVERHEAD_BYTES, clamped_context, estimate
 from smartproxy.manager.kv_cache import CACHE_TYPES, is_quantized
 from smartproxy.manager.metadata import read_metadata
-from smartproxy.types import (
+from smartproxy.need_types import (
     DeviceBytes,
     Estimate,
     EstimateOptions,

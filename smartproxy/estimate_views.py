@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from smartproxy.types import GIB, MIB, DeviceBytes, Estimate, ModelMetadata
+from smartproxy.need_types import DeviceBytes, Estimate, ModelMetadata
+from smartproxy.types import GIB, MIB
 
 BAR_WIDTH = 50
 SMALLEST_CONTEXT = 2048

@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from smartproxy.flags import args_problem, env_problem
+from smartproxy.plan_types import Strategy
 from smartproxy.setting_types import (
     ApiKey,
     CacheBits,
@@ -28,7 +29,6 @@ from smartproxy.setting_types import (
     SecondsOrZero,
     Text,
 )
-from smartproxy.types import Strategy
 
 
 class _Section(BaseModel):

@@ -14,14 +14,8 @@ from tempfile import mkdtemp
 
 from smartproxy.manager.estimate import estimate
 from smartproxy.manager.metadata import read_metadata
-from smartproxy.types import (
-    MIB,
-    Estimate,
-    EstimateOptions,
-    FlashAttention,
-    Layout,
-    ModelMetadata,
-)
+from smartproxy.need_types import Estimate, EstimateOptions, FlashAttention, Layout, ModelMetadata
+from smartproxy.types import MIB
 from tests import gguf_files, gguf_models
 
 CASES_FILE = Path(__file__).parent / "data" / "memory-cases.csv"

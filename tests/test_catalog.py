@@ -13,7 +13,8 @@ import pytest
 from smartproxy.catalog import Catalog, build_catalog
 from smartproxy.config import load_settings
 from smartproxy.errors import ConfigError, ModelNotFound
-from smartproxy.types import GIB, Strategy
+from smartproxy.plan_types import Strategy
+from smartproxy.types import GIB
 
 
 def catalog(tmp_path: Path, **keys: Any) -> Catalog:

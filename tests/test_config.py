@@ -23,7 +23,7 @@ from smartproxy.config import (
     schema_text,
 )
 from smartproxy.errors import ConfigError
-from smartproxy.types import Strategy
+from smartproxy.plan_types import Strategy
 
 REPOSITORY = Path(__file__).parent.parent
 #: SPEC 3, as it stands there

@@ -19,7 +19,8 @@ from smartproxy.entities import (
     pool_status,
     status_of,
 )
-from smartproxy.types import GIB, Gpu, GpuProcess, GpuState, ServerState, Strategy
+from smartproxy.plan_types import Strategy
+from smartproxy.types import GIB, Gpu, GpuProcess, GpuState, ServerState
 
 VALID: dict[type[BaseModel], dict[str, Any]] = {
     GPUAssignment: {"gpu_ids": [0, 1], "estimated_vram_required": 2.5},

@@ -19,7 +19,7 @@ from smartproxy.manager.estimate import (
 from smartproxy.manager.kv_cache import CACHE_TYPES
 from smartproxy.manager.layer_split import HOST, layer_devices
 from smartproxy.manager.metadata import read_metadata
-from smartproxy.types import (
+from smartproxy.need_types import (
     DeviceBytes,
     Estimate,
     EstimateOptions,

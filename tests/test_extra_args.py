@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from smartproxy.manager.extra_args import read_args
-from smartproxy.types import FlashAttention
+from smartproxy.need_types import FlashAttention
 
 
 def test_settings_that_the_estimate_follows_are_taken_out() -> None:

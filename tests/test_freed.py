@@ -15,17 +15,11 @@ from smartproxy.manager.core import Manager
 from smartproxy.manager.freed import PATIENCE_S, note_end, note_others, still_held, visible_bytes
 from smartproxy.manager.ledger import open_ledger
 from smartproxy.manager.recent import RecentUse
+from smartproxy.plan_types import GpuShare, RunningServer
 from smartproxy.settings import Settings
 from smartproxy.state import fleet
 from smartproxy.state.prepare import create
-from smartproxy.types import (
-    GIB,
-    GpuProcess,
-    GpuShare,
-    GpuSnapshot,
-    RunningServer,
-    ServerState,
-)
+from smartproxy.types import GIB, GpuProcess, GpuSnapshot, ServerState
 from tests.worlds import gpu, snapshot
 
 ENDED_AT = 1000.0

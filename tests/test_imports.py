@@ -96,7 +96,7 @@ def kind_of(module: str) -> str:
     match path:
         case []:
             return "types"  # the package itself: a version, no more
-        case ["types" | "errors"]:
+        case ["types" | "need_types" | "plan_types" | "errors"]:
             return "types"
         case ["log" | "lifetime" as name]:
             return name

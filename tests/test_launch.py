@@ -11,10 +11,11 @@ from smartproxy.catalog import ModelSpec, build_catalog
 from smartproxy.manager.binary import Binary
 from smartproxy.manager.launch import command, environment
 from smartproxy.manager.loaded import loaded_of, options_key, settings_key
+from smartproxy.need_types import Estimate, Layout
+from smartproxy.plan_types import GpuShare, Placement
 from smartproxy.settings import Settings
 from smartproxy.state import prepare
 from smartproxy.state.store import Store
-from smartproxy.types import Estimate, GpuShare, Layout, Placement
 from tests import gguf_files, gguf_shapes
 from tests.running import REAL_MODEL
 

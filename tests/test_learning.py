@@ -17,7 +17,8 @@ from smartproxy.manager.learning import (
     learn,
     overridden,
 )
-from smartproxy.types import MIB, DeviceBytes, Estimate, Layout
+from smartproxy.need_types import DeviceBytes, Estimate, Layout
+from smartproxy.types import MIB
 
 TWO = (1.0, 1.0)
 

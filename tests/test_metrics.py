@@ -9,12 +9,13 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from smartproxy.plan_types import GpuShare
 from smartproxy.proxy import metrics
 from smartproxy.proxy.counting import RequestCounts
 from smartproxy.state import counts, demand, fleet
 from smartproxy.state.prepare import create
 from smartproxy.state.store import Store
-from smartproxy.types import GIB, GpuShare, ServerState
+from smartproxy.types import GIB, ServerState
 from tests.running import Proxy, fake_model, running, wait_until
 from tests.test_grafana import METRICS
 

@@ -7,7 +7,8 @@ import pytest
 from smartproxy.errors import LoadFailed
 from smartproxy.manager.binary import Device
 from smartproxy.manager.pinning import device_names
-from smartproxy.types import GIB, Gpu, GpuShare
+from smartproxy.plan_types import GpuShare
+from smartproxy.types import GIB, Gpu
 from tests.worlds import gpu
 
 BIG = gpu(0, 24, name="NVIDIA GeForce RTX 4090")

@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from smartproxy.manager.plan import explain, plan
-from smartproxy.types import (
-    GIB,
-    Decision,
-    DeviceBytes,
-    Estimate,
-    Hold,
-    Layout,
-    ServerState,
-    Strategy,
-)
+from smartproxy.need_types import DeviceBytes, Estimate, Layout
+from smartproxy.plan_types import Decision, Hold, Strategy
+from smartproxy.types import GIB, ServerState
 from tests import worlds
 from tests.worlds import NOW, gpu, load, server, snapshot
 

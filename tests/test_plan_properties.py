@@ -13,19 +13,17 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from smartproxy.manager.plan import explain, plan
-from smartproxy.types import (
-    GIB,
+from smartproxy.need_types import Layout
+from smartproxy.plan_types import (
     Decision,
-    Gpu,
     Hold,
-    Layout,
     Placement,
     RunningServer,
-    ServerState,
     Snapshot,
     Strategy,
     WaitingLoad,
 )
+from smartproxy.types import GIB, Gpu, ServerState
 from tests.worlds import OVERHEAD_BYTES, split_worlds, worlds
 
 generated = settings(

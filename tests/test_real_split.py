@@ -15,7 +15,8 @@ import pytest
 from smartproxy.manager.buffer_lines import measured_buffers
 from smartproxy.manager.estimate import estimate
 from smartproxy.manager.metadata import read_metadata
-from smartproxy.types import MIB, DeviceBytes, EstimateOptions, FlashAttention, Layout
+from smartproxy.need_types import DeviceBytes, EstimateOptions, FlashAttention, Layout
+from smartproxy.types import MIB
 from tests.gpu_running import Card, gpu_machine, plan, started, world_of
 from tests.running import REAL_MODEL
 from tests.test_estimate_live import assert_exact, binary, free_port, process, wait_until_open

@@ -15,23 +15,17 @@ from itertools import accumulate
 
 from hypothesis import strategies as st
 
-from smartproxy.types import (
-    GIB,
-    MIB,
-    DeviceBytes,
-    Estimate,
-    Gpu,
+from smartproxy.need_types import DeviceBytes, Estimate, Layout, Need
+from smartproxy.plan_types import (
     Hold,
-    Layout,
-    Need,
     PlacePolicy,
     PlanSettings,
     RunningServer,
-    ServerState,
     Snapshot,
     Strategy,
     WaitingLoad,
 )
+from smartproxy.types import GIB, MIB, Gpu, ServerState
 
 NOW = 1_000_000.0
 OVERHEAD_BYTES = 300 * MIB

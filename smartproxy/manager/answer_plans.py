@@ -13,20 +13,11 @@ from smartproxy.manager import needs, shapes, shortage
 from smartproxy.manager.core import Manager
 from smartproxy.manager.ledger import overhead_bytes
 from smartproxy.manager.plan import explain
+from smartproxy.need_types import DeviceBytes, Estimate, Layout
+from smartproxy.plan_types import CandidateGpu, Evict, Explanation, Placement, Snapshot, WaitingLoad
 from smartproxy.state import demand
 from smartproxy.state.demand import Demand
-from smartproxy.types import (
-    GIB,
-    CandidateGpu,
-    DeviceBytes,
-    Estimate,
-    Evict,
-    Explanation,
-    Layout,
-    Placement,
-    Snapshot,
-    WaitingLoad,
-)
+from smartproxy.types import GIB
 
 
 def answer_plans(manager: Manager, view: Snapshot, demands: list[Demand], now: float) -> None:

@@ -26,9 +26,10 @@ from smartproxy.manager.pinning import device_names
 from smartproxy.manager.process import Child
 from smartproxy.manager.reasons import gb
 from smartproxy.manager.shortage import OutOfGpuMemory
+from smartproxy.plan_types import Placement
 from smartproxy.state import fleet
 from smartproxy.state.store import Row
-from smartproxy.types import Placement, ServerState
+from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from smartproxy.manager.place import Site, Wish
 from smartproxy.manager.reasons import gb
 from smartproxy.manager.work import Work
-from smartproxy.types import CandidateGpu, Gpu
+from smartproxy.plan_types import CandidateGpu
+from smartproxy.types import Gpu
 
 
 def candidates(work: Work, wish: Wish) -> tuple[CandidateGpu, ...]:

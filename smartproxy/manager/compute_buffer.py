@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from smartproxy.manager.kv_cache import CacheShape
-from smartproxy.types import MIB, ModelMetadata
+from smartproxy.need_types import ModelMetadata
+from smartproxy.types import MIB
 
 #: head sizes for which CUDA has a flash attention kernel (fattn.cu, get_best_kernel)
 FLASH_HEAD_LENGTHS = frozenset({40, 64, 72, 80, 96, 112, 128, 256, 512, 576})

@@ -13,9 +13,10 @@ from smartproxy.catalog import Catalog
 from smartproxy.manager.binary import Binary
 from smartproxy.manager.process import Child
 from smartproxy.manager.recent import RecentUse
+from smartproxy.plan_types import RunningServer
 from smartproxy.settings import Settings
 from smartproxy.state.store import Store
-from smartproxy.types import GpuSnapshot, RunningServer
+from smartproxy.types import GpuSnapshot
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0

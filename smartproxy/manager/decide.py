@@ -22,7 +22,7 @@ from smartproxy.manager.work import (
     wait,
     wish_of,
 )
-from smartproxy.types import Placement, Refuse, WaitingLoad
+from smartproxy.plan_types import Placement, Refuse, WaitingLoad
 
 
 def decide(work: Work, load: WaitingLoad) -> Verdict:

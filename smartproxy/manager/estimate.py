@@ -26,8 +26,7 @@ from smartproxy.manager.laid_out import (
 )
 from smartproxy.manager.layer_split import HOST
 from smartproxy.manager.streaming import streaming_bytes
-from smartproxy.types import (
-    MIB,
+from smartproxy.need_types import (
     DeviceBytes,
     Estimate,
     EstimateOptions,
@@ -35,6 +34,7 @@ from smartproxy.types import (
     ModelMetadata,
     Need,
 )
+from smartproxy.types import MIB
 
 __all__ = [
     "DEFAULT_OVERHEAD_BYTES",

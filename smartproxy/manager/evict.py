@@ -32,7 +32,8 @@ from heapq import heappop, heappush
 from itertools import islice
 
 from smartproxy.manager.place import Wish, find, several_allowed
-from smartproxy.types import GIB, RunningServer, Strategy
+from smartproxy.plan_types import RunningServer, Strategy
+from smartproxy.types import GIB
 
 #: seconds in which recent_requests and recent_tokens fall to half; who fills them must use it
 HALF_LIFE_S = 3600.0

@@ -24,8 +24,10 @@ from smartproxy.manager.core import Manager
 from smartproxy.manager.estimate import Loaded, make_need
 from smartproxy.manager.launch import device_flags, memory_flags
 from smartproxy.manager.loaded import file_key, loaded_of, options_key, settings_key
+from smartproxy.need_types import Layout
+from smartproxy.plan_types import GpuShare, Placement
 from smartproxy.state import measured
-from smartproxy.types import GIB, MIB, Gpu, GpuShare, Layout, Placement
+from smartproxy.types import GIB, MIB, Gpu
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from smartproxy.manager.core import Ended, Manager
+from smartproxy.plan_types import Hold, RunningServer
 from smartproxy.state import fleet
 from smartproxy.state.store import Row
-from smartproxy.types import MIB, Gpu, GpuSnapshot, Hold, RunningServer, ServerState
+from smartproxy.types import MIB, Gpu, GpuSnapshot, ServerState
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from smartproxy.manager.compute_buffer import device_bytes, mask_bytes, state_space_bytes
 from smartproxy.manager.laid_out import LaidOut
 from smartproxy.manager.layer_split import HOST
-from smartproxy.types import DeviceBytes, FileSpan, LayerTensors
+from smartproxy.need_types import DeviceBytes, FileSpan, LayerTensors
 
 _F32 = 4
 _PIPELINE_COPIES = 4

@@ -15,7 +15,7 @@ from smartproxy.manager.kv_cache import (
     layer_caches,
 )
 from smartproxy.manager.layer_split import HOST, layer_devices
-from smartproxy.types import EstimateOptions, FlashAttention, Layout, ModelMetadata
+from smartproxy.need_types import EstimateOptions, FlashAttention, Layout, ModelMetadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

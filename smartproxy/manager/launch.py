@@ -15,7 +15,8 @@ from smartproxy.lifetime import OWNER_VARIABLE
 from smartproxy.manager.binary import Binary, child_environment
 from smartproxy.manager.estimate import Loaded
 from smartproxy.manager.extra_args import ExtraArgs, read_args
-from smartproxy.types import EstimateOptions, Placement
+from smartproxy.need_types import EstimateOptions
+from smartproxy.plan_types import Placement
 
 
 def command(

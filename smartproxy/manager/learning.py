@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from smartproxy.types import MIB, DeviceBytes, Estimate, Layout
+from smartproxy.need_types import DeviceBytes, Estimate, Layout
+from smartproxy.types import MIB
 
 #: the log rounds each of a device's buffers to 0.01 MiB
 ROUNDING_BYTES = MIB // 50

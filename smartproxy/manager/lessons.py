@@ -15,9 +15,9 @@ from smartproxy.manager.estimate import Loaded
 from smartproxy.manager.learning import Learned, Lesson, learn
 from smartproxy.manager.ledger import default_overhead_bytes
 from smartproxy.manager.loaded import file_key, options_key
+from smartproxy.need_types import Layout
 from smartproxy.state import measured
 from smartproxy.state.store import Row
-from smartproxy.types import Layout
 
 
 def overheads(manager: Manager) -> dict[str, int]:

@@ -20,8 +20,8 @@ from smartproxy.manager import metadata as gguf_metadata
 from smartproxy.manager.estimate import Loaded, with_flash_attn_resolved
 from smartproxy.manager.extra_args import ExtraArgs, read_args
 from smartproxy.manager.projector import read_projector
+from smartproxy.need_types import EstimateOptions, FlashAttention, Layout, ModelMetadata
 from smartproxy.state.store import Store
-from smartproxy.types import EstimateOptions, FlashAttention, Layout, ModelMetadata
 
 logger = logging.getLogger(__name__)
 

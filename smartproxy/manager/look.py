@@ -9,18 +9,11 @@ from dataclasses import replace
 from smartproxy.errors import SmartProxyError
 from smartproxy.manager import freed, lessons, needs, recent, shortage
 from smartproxy.manager.core import Manager
+from smartproxy.plan_types import Hold, PlanSettings, RunningServer, Snapshot, WaitingLoad
 from smartproxy.state import demand, fleet
 from smartproxy.state.demand import Demand
 from smartproxy.state.store import Row
-from smartproxy.types import (
-    MIB,
-    Hold,
-    PlanSettings,
-    RunningServer,
-    ServerState,
-    Snapshot,
-    WaitingLoad,
-)
+from smartproxy.types import MIB, ServerState
 
 
 def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:

@@ -10,7 +10,8 @@ from smartproxy.manager.ledger import LEAVING
 from smartproxy.manager.place import Wish, capacities
 from smartproxy.manager.shapes import find_grown
 from smartproxy.manager.work import Verdict, Work, is_idle, placement_of, resident_until, wait
-from smartproxy.types import Evict, Placement, RunningServer, ServerState, Wait, WaitingLoad
+from smartproxy.plan_types import Evict, Placement, RunningServer, Wait, WaitingLoad
+from smartproxy.types import ServerState
 
 #: seconds that a load waits for busy servers before they are drained for it (or min_residency,
 #: where that is longer)

@@ -14,7 +14,8 @@ from smartproxy.manager.core import Manager
 from smartproxy.manager.estimate import make_need
 from smartproxy.manager.learning import at_least, corrected, overridden
 from smartproxy.manager.loaded import loaded_of, metadata_of
-from smartproxy.types import Layout, ModelMetadata, Need, PlacePolicy
+from smartproxy.need_types import Layout, ModelMetadata, Need
+from smartproxy.plan_types import PlacePolicy
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from smartproxy.errors import LoadFailed
 from smartproxy.manager.binary import Device
-from smartproxy.types import Gpu, GpuShare
+from smartproxy.plan_types import GpuShare
+from smartproxy.types import Gpu
 
 #: Vulkan's largest heap against NVML's total; drivers keep some back
 SIZE_TOLERANCE = 0.1

@@ -25,17 +25,17 @@ from smartproxy.manager.work import (
     resident_until,
     wish_of,
 )
-from smartproxy.types import (
+from smartproxy.plan_types import (
     Decision,
     Evict,
     Explanation,
     Refuse,
-    ServerState,
     Snapshot,
     Start,
     Wait,
     WaitingLoad,
 )
+from smartproxy.types import ServerState
 
 
 def plan(snapshot: Snapshot, *, cost: Cost = evict.cost) -> Decision:

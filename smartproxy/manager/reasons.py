@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from smartproxy.manager.place import Fit, Wish
-from smartproxy.types import GIB, Gpu, RunningServer, ServerState
+from smartproxy.plan_types import RunningServer
+from smartproxy.types import GIB, Gpu, ServerState
 
 
 def gb(size: int) -> str:

@@ -26,10 +26,11 @@ from smartproxy.manager.estimate import Loaded, predictor
 from smartproxy.manager.learning import ROUNDING_BYTES, Vector, buffers_of
 from smartproxy.manager.lessons import overheads
 from smartproxy.manager.loaded import file_key, options_key, settings_key
+from smartproxy.plan_types import Placement
 from smartproxy.state import fleet, measured
 from smartproxy.state.measured import Taken
 from smartproxy.state.store import Row
-from smartproxy.types import MIB, GpuSnapshot, Placement, ServerState
+from smartproxy.types import MIB, GpuSnapshot, ServerState
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,10 @@ from smartproxy.manager import freed, needs
 from smartproxy.manager.core import Manager, Shortage
 from smartproxy.manager.out_of_memory import asked_bytes
 from smartproxy.manager.reasons import gb
+from smartproxy.need_types import Estimate, Layout, Need
 from smartproxy.state import fleet
 from smartproxy.state.store import Row
-from smartproxy.types import MIB, Estimate, Layout, Need, ServerState
+from smartproxy.types import MIB, ServerState
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from smartproxy.manager.compute_buffer import attention_bytes, device_bytes, mask_bytes
 from smartproxy.manager.laid_out import LaidOut
 from smartproxy.manager.layer_split import HOST
-from smartproxy.types import LayerTensors
+from smartproxy.need_types import LayerTensors
 
 #: the largest expert tensor and what its copying takes beside it, measured: 0.84 to 1.03
 _EXPERT_FACTOR = 1.15

@@ -9,18 +9,18 @@ from smartproxy.manager import evict, reasons, shapes
 from smartproxy.manager.ledger import LEAVING, Ledger, open_ledger
 from smartproxy.manager.place import Fit, Wish, sites_for
 from smartproxy.manager.sizes import Sizes
-from smartproxy.types import (
+from smartproxy.plan_types import (
     Evict,
     GpuShare,
     Placement,
     Refuse,
     RunningServer,
-    ServerState,
     Snapshot,
     Start,
     Wait,
     WaitingLoad,
 )
+from smartproxy.types import ServerState
 
 #: what an idle server's end costs; see evict.cost
 Cost = Callable[[RunningServer, float], float]

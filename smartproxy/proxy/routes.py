@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from io import BytesIO
 from typing import Any
 from urllib.parse import quote
@@ -63,6 +64,7 @@ def blueprint(
 ) -> Blueprint:
     """Return the catch-all; whatever is registered more exactly wins over it."""
     routes = Blueprint("relay", __name__)
+    make_job = partial(_job, settings, counting)
 
     @routes.after_request
     def count_refused(response: Response) -> Response:
@@ -85,16 +87,13 @@ def blueprint(
             spec = named_model(catalog, "/" + path, fields)
             target = raw_target()
             stream = bool(fields and fields.get("stream") is True)
-        job = Job(
-            model_id=spec.id,
+        job = make_job(
+            spec,
             method=request.method,
             target=target,
             headers=header_bytes(request.headers.items()),
             body=body,
             stream=stream,
-            request_timeout_s=settings.request_timeout,
-            sse_wait_comment_after_s=settings.sse_wait_comment_after,
-            on_settled=counting.settled,
         )
         g.handed_over = True
         return hand_over(request.environ, job, broker)
@@ -107,6 +106,7 @@ def express(
 ) -> Express:
     """Return the short way of inference requests: what `relay_any` does where nothing is odd."""
     max_body_bytes = settings.max_body_mb << 20
+    make_job = partial(_job, settings, counting)
 
     def decide(plain: PlainRequest, body: bytes) -> Job | None:
         path = plain.path.decode("latin-1")
@@ -123,19 +123,26 @@ def express(
             spec = catalog.resolve(fields["model"])
         except (SmartProxyError, orjson.JSONDecodeError):
             return None  # relay_any says no in full
-        return Job(
-            model_id=spec.id,
+        return make_job(
+            spec,
             method="POST",
             target=plain.target.decode("latin-1"),
             headers=plain.headers,
             body=body,
             stream=fields.get("stream") is True,
-            request_timeout_s=settings.request_timeout,
-            sse_wait_comment_after_s=settings.sse_wait_comment_after,
-            on_settled=counting.settled,
         )
 
     return Express(broker=broker, decide=decide)
+
+
+def _job(settings: Settings, counting: RequestCounts, spec: ModelSpec, **request: Any) -> Job:
+    return Job(
+        model_id=spec.id,
+        request_timeout_s=settings.request_timeout,
+        sse_wait_comment_after_s=settings.sse_wait_comment_after,
+        on_settled=counting.settled,
+        **request,
+    )
 
 
 def body_fields(body: bytes) -> dict[str, Any] | None:

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smartproxy.errors import StateConflict
+from smartproxy.plan_types import GpuShare
 from smartproxy.state import gpus
 from smartproxy.state.events import add_event
 from smartproxy.state.store import Row, Store
-from smartproxy.types import LIVE_STATES, NEXT_STATES, GpuShare, ServerState
+from smartproxy.types import LIVE_STATES, NEXT_STATES, ServerState
 
 LIVE = "('starting', 'ready', 'draining', 'stopping')"
 #: seconds a failed server stays listed (SPEC 1)
