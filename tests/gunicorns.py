@@ -69,7 +69,7 @@ def gunicorn(
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGQUIT)
-        process.wait(10)
+        process.wait(60)
 
 
 def _answers(started: Gunicorn) -> bool:

@@ -66,7 +66,7 @@ def nginx(
         yield "127.0.0.1", port
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def _listens(port: int) -> bool:

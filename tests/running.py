@@ -22,7 +22,7 @@ from smartproxy.lifetime import owned_processes
 ROOT = Path(__file__).parent.parent
 REAL_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 STAND_IN = ROOT / "tests" / "fakes" / "llama_server.py"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 T = TypeVar("T")
 
 
@@ -117,7 +117,7 @@ class Proxy:
 
     def health(self) -> dict[str, Any]:
         with contextlib.suppress(requests.ConnectionError):
-            answer: dict[str, Any] = requests.get(f"{self.url}/health", timeout=10).json()
+            answer: dict[str, Any] = requests.get(f"{self.url}/health", timeout=30).json()
             return answer
         assert self.process is not None
         assert self.process.poll() is None, self.log()

@@ -346,7 +346,7 @@ def test_nothing_outlives_serve_even_when_the_manager_is_killed_first(tmp_path: 
         os.kill(proxy.process.pid, signal.SIGSTOP)  # it can't start another manager now
         os.kill(proxy.manager_pid(), signal.SIGKILL)
         proxy.process.kill()
-        proxy.process.wait(10)
+        proxy.process.wait(60)
         _, left = psutil.wait_procs(family, timeout=60)
         assert left == []
 
