@@ -17,7 +17,7 @@ from smartproxy.manager import act, binary, look, recent
 from smartproxy.manager.bring_down import take_down
 from smartproxy.manager.core import Manager
 from smartproxy.manager.plan import plan
-from smartproxy.state import demand, fleet, store
+from smartproxy.state import demand, fleet, prepare
 from smartproxy.types import GpuSnapshot, ServerState
 from tests.running import Proxy, fake_model, wait_until
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.servers
 def manager_of(folder: Path, threads: ThreadPoolExecutor) -> Manager:
     settings = load_settings(Proxy(folder, {"m": fake_model()}).config_path)
     path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
-    state, _ = store.create(settings.state_dir / "state.db")
+    state, _ = prepare.create(settings.state_dir / "state.db")
     return Manager(
         settings=settings,
         catalog=build_catalog(settings),
