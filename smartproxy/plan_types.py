@@ -119,6 +119,8 @@ class GpuShare:
     index: int
     #: estimate with overhead: what gets reserved
     bytes: int
+    #: what there was of it, headroom and promises taken off; None where nobody counted
+    free_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

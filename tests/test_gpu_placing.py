@@ -71,6 +71,13 @@ def test_a_model_too_big_for_either_card_goes_over_both_as_estimated(tmp_path: P
         assert row["gpu_layers"] == row["layer_count"] == sum(shares)
         promised = proxy.rows("SELECT gpu_index, reserved_bytes FROM assignments")
         free = world.free_bytes()
+        (shown,) = proxy.health()["servers"]
+        assigned = shown["gpu_assignment"]
+        assert assigned["gpu_ids"] == [1, 0]
+        for asked, there in zip(
+            assigned["gpu_estimated_bytes"], assigned["gpu_free_bytes"], strict=True
+        ):
+            assert 0 < asked <= there <= 16 * GIB
         for part in promised:
             card = world.world.gpus[part["gpu_index"]]
             assert card.total_bytes - free[card.uuid] <= part["reserved_bytes"]

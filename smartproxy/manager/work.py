@@ -113,7 +113,12 @@ def placement_of(load: WaitingLoad, wish: Wish, fit: Fit, room: list[int]) -> Pl
     )
     return Placement(
         gpus=tuple(
-            GpuShare(uuid=site.gpu.uuid, index=site.gpu.index, bytes=size)
+            GpuShare(
+                uuid=site.gpu.uuid,
+                index=site.gpu.index,
+                bytes=size,
+                free_bytes=room[site.position],
+            )
             for site, (_, size) in zip(fit.sites, fit.shares(), strict=True)
         ),
         layout=fit.estimate.layout,

@@ -46,9 +46,11 @@ def server(row: Row, shares: list[Row]) -> Server:
     measured = row["measured_bytes"]
     split = [float(share) for share in (row["tensor_split"] or "").split(",") if share]
     parts = [share["measured_bytes"] for share in shares]
+    free = [share["free_bytes"] for share in shares]
     assignment = GPUAssignment(
         gpu_ids=[share["gpu_index"] for share in shares],
         gpu_uuids=[share["gpu_uuid"] for share in shares],
+        gpu_free_bytes=free if None not in free else [],
         gpu_estimated_bytes=[share["estimated_bytes"] for share in shares],
         gpu_measured_bytes=parts if None not in parts else [],
         estimated_vram_required=(row["estimated_bytes"] or 0) / GIB,

@@ -55,8 +55,8 @@ def insert_server(
         assert server_id is not None
         connection.executemany(
             "INSERT INTO assignments (server_id, gpu_uuid, gpu_index, estimated_bytes,"
-            " reserved_bytes) VALUES (?, ?, ?, ?, ?)",
-            [(server_id, s.uuid, s.index, s.bytes, s.bytes) for s in shares],
+            " reserved_bytes, free_bytes) VALUES (?, ?, ?, ?, ?, ?)",
+            [(server_id, s.uuid, s.index, s.bytes, s.bytes, s.free_bytes) for s in shares],
         )
         # what is known of an earlier failure is settled by a new start
         connection.execute(
@@ -178,9 +178,10 @@ def server(store: Store, server_id: int) -> Row:
 
 
 def assignments(store: Store) -> dict[int, list[Row]]:
-    """Return the assignments of listed servers by server, in GPU index order."""
+    """Return the assignments of listed servers by server, in the order of their split."""
     rows = store.read(
-        "SELECT a.* FROM assignments a JOIN servers s ON s.id = a.server_id"
+        "SELECT a.server_id, a.gpu_uuid, a.gpu_index, a.estimated_bytes, a.reserved_bytes,"
+        " a.measured_bytes, a.free_bytes FROM assignments a JOIN servers s ON s.id = a.server_id"
         f" WHERE s.state IN {LIVE} OR s.state = 'failed' ORDER BY a.server_id, a.rowid"
     )
     by_server: dict[int, list[Row]] = {}

@@ -432,6 +432,12 @@ def accuracy_by_gpu(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations(name="0006_free_when_assigned")
+def free_when_assigned(db: Database) -> None:
+    """Keep what was free of a GPU when a server was given a share of it."""
+    db.execute("ALTER TABLE assignments ADD COLUMN free_bytes INTEGER")
+
+
 def _statements(script: str) -> list[str]:
     """Split DDL at the semicolons that end a line; executescript would commit the transaction."""
     return [part for part in script.split(";\n") if part.strip()]
