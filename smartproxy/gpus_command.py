@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
+from smartproxy.command_options import where
 from smartproxy.config import load_settings
 from smartproxy.entities import GPU, GPUProcess
 from smartproxy.errors import ManagerDown
@@ -24,8 +25,7 @@ HEADERS = ("gpu", "name", "state", "used GB", "free GB", "total GB", "util %", "
 
 
 @click.command("gpus")
-@click.option("--config", type=click.Path(path_type=Path), help="Default: SMARTPROXY_CONFIG.")
-@click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False))
+@where
 @click.option("--processes", is_flag=True, help="Also list the processes on each GPU.")
 def gpus_command(config: Path | None, state_dir: Path | None, processes: bool) -> None:
     """Show the GPUs: memory (GB = 2^30 bytes), load, temperature, power, and our models on them."""

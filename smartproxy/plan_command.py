@@ -15,6 +15,7 @@ import click
 from tabulate import tabulate
 
 from smartproxy.catalog import build_catalog
+from smartproxy.command_options import where
 from smartproxy.config import load_settings
 from smartproxy.errors import ManagerDown
 from smartproxy.proxy.asking import Question, ask_manager
@@ -33,8 +34,7 @@ MEANINGS = {
 
 @click.command("plan")
 @click.argument("model")
-@click.option("--config", type=click.Path(path_type=Path), help="Default: SMARTPROXY_CONFIG.")
-@click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False))
+@where
 @click.option("--json", "as_json", is_flag=True, help="As GET /api/models/MODEL/plan answers.")
 def plan_command(model: str, config: Path | None, state_dir: Path | None, as_json: bool) -> None:
     """Say where MODEL would go now, who would make room, and why; nothing is done.

@@ -543,6 +543,15 @@ def test_the_log_is_one_line_an_event_from_every_process(tmp_path: Path) -> None
         assert [line for line in lines if not shape.match(line)] == []
 
 
+def test_who_only_waits_carries_nothing_of_the_others(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model()}) as proxy:
+        assert proxy.process
+        loaded = Path(f"/proc/{proxy.process.pid}/maps").read_text()
+        assert "pydantic_core" in loaded  # the configuration; else this looks in the wrong place
+        assert "numpy" not in loaded
+        assert "orjson" not in loaded
+
+
 def test_the_port_must_not_be_one_of_the_servers(tmp_path: Path) -> None:
     proxy = Proxy(tmp_path, {"m": fake_model()})
     first = json.loads(proxy.config_path.read_text())["server_pool"]["port_start"]

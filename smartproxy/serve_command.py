@@ -1,0 +1,31 @@
+"""`smartproxy serve`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from smartproxy.command_options import remember, where
+from smartproxy.config import load_settings
+from smartproxy.log import setup_logging
+from smartproxy.serve import serve
+
+
+@click.command("serve")
+@where
+@click.option(
+    "--host",
+    help="Address to listen on, or unix:/path for an nginx in front; default: the configuration's,"
+    " 127.0.0.1.",
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: the configuration's, 8000.")
+def serve_command(
+    config: Path | None, state_dir: Path | None, host: str | None, port: int | None
+) -> None:
+    """Run everything: the manager and gunicorn under one parent; Ctrl-C stops all."""
+    setup_logging()
+    remember(config, state_dir)
+    settings = load_settings()
+    sys.exit(serve(settings, host or settings.host, port or settings.port))
