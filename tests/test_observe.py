@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.fakes.world import GIB, FakeGpu, FakeMig, FakeProcess, Fault, World, 
 
 pytestmark = pytest.mark.servers
 
+MIB = 1 << 20
 BIG, SMALL = "GPU-11111111-aaaa", "GPU-22222222-bbbb"
 
 
@@ -358,3 +360,29 @@ def test_closed_observer_opens_again(child: Child) -> None:
     child.look()
     child.tell("close")
     assert len(child.look()["gpus"]) == 2
+
+
+def test_no_process_has_more_than_is_used_however_fast_a_load_grows(
+    child: Child, world: WorldFile
+) -> None:
+    done = threading.Event()
+
+    def load() -> None:
+        for size in range(MIB, 20 * GIB, MIB):
+            if done.is_set():
+                return
+            world.change_gpu(BIG, processes=(FakeProcess(pid=os.getpid(), used_bytes=size),))
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    try:
+        sizes = []
+        for _ in range(200):
+            gpu = child.gpus()[BIG]
+            held = sum(process["used_bytes"] for process in gpu["processes"])
+            assert held <= gpu["used_bytes"]
+            sizes.append(held)
+        assert len(set(sizes)) > 20  # it did grow meanwhile
+    finally:
+        done.set()
+        loading.join()

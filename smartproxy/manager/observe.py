@@ -162,7 +162,7 @@ class GpuObserver:
 
 
 def _read_gpu(handle: Any, uuid: str, index: int) -> Gpu:
-    memory = _memory(handle)
+    memory, processes = _memory_and_processes(handle)
     pci = _optional(pynvml.nvmlDeviceGetPciInfo, handle)
     rates = _optional(pynvml.nvmlDeviceGetUtilizationRates, handle)
     power_mw = _optional(pynvml.nvmlDeviceGetPowerUsage, handle)
@@ -180,7 +180,7 @@ def _read_gpu(handle: Any, uuid: str, index: int) -> Gpu:
         temperature_c=None if temperature is None else float(temperature),
         power_w=None if power_mw is None else power_mw / 1000,
         compute_capability=f"{capability[0]}.{capability[1]}" if capability else None,
-        processes=_processes(handle),
+        processes=processes,
     )
 
 
@@ -188,7 +188,7 @@ def _read_slices(whole: Gpu, slices: list[tuple[int, Any]]) -> list[Gpu]:
     """Return one entry a slice, with what only the whole GPU knows."""
     gpus = []
     for number, handle in slices:
-        memory = _memory(handle)
+        memory, processes = _memory_and_processes(handle)
         gpus.append(
             replace(
                 whole,
@@ -200,7 +200,7 @@ def _read_slices(whole: Gpu, slices: list[tuple[int, Any]]) -> list[Gpu]:
                 total_bytes=memory.total_bytes,
                 free_bytes=memory.free_bytes,
                 used_bytes=memory.used_bytes,
-                processes=_processes(handle),
+                processes=processes,
             )
         )
     return gpus
@@ -208,6 +208,16 @@ def _read_slices(whole: Gpu, slices: list[tuple[int, Any]]) -> list[Gpu]:
 
 def _sliced(gpu: Gpu, seen: dict[str, Gpu]) -> bool:
     return any(other.mig and other.pci_bus_id == gpu.pci_bus_id for other in seen.values())
+
+
+def _memory_and_processes(handle: Any) -> tuple[_Memory, tuple[GpuProcess, ...]]:
+    """Return sizes and processes that go together: no process has what is not in "used".
+
+    Memory is asked for before and after, and the worse is taken. Else what a load takes between the
+    two questions would look like memory that others gave back.
+    """
+    before, processes, after = _memory(handle), _processes(handle), _memory(handle)
+    return max(before, after, key=lambda memory: memory.used_bytes), processes
 
 
 def _memory(handle: Any) -> _Memory:

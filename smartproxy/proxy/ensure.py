@@ -73,22 +73,26 @@ class Broker:
         avoid_server_id: that one just died under the caller. Raises any SmartProxyError of SPEC 2.
         """
         avoid_until = time.monotonic() + AVOID_S
-        while True:
-            if time.monotonic() > avoid_until:
-                avoid_server_id = None
-            route = self._ready_route(model_id, avoid_server_id)
-            if route is None:
-                await self._wait_for_load(model_id, avoid_server_id, avoid_until)
-            elif await self._take(route.server_id):
-                return Grant(
-                    server_id=route.server_id,
-                    host=route.host,
-                    port=route.port,
-                    api_key=route.api_key,
-                    model_id=model_id,
-                )
-            else:
-                self._generation = -1  # it is no longer ready: read the routes again
+        asked: asyncio.Task[int] | None = None
+        try:
+            while True:
+                if time.monotonic() > avoid_until:
+                    avoid_server_id = None
+                route = self._ready_route(model_id, avoid_server_id)
+                if route is None:
+                    if asked is None:
+                        asked = asyncio.create_task(self._ask(model_id))
+                    # shielded: a client that goes now leaves a row that must be withdrawn
+                    demand_id = await asyncio.shield(asked)
+                    await self._watch(model_id, demand_id, avoid_server_id, avoid_until)
+                elif await self._take(route.server_id):
+                    return _grant(route)
+                else:
+                    self._generation = -1  # it is no longer ready: read the routes again
+        finally:
+            # not before the lease is written: a server that nobody seems to want may be evicted
+            if asked is not None:
+                asked.add_done_callback(self._withdraw)
 
     def release(self, grant: Grant) -> None:
         """Give a hold back."""
@@ -184,20 +188,18 @@ class Broker:
 
     # --- loads -----------------------------------------------------------------------------
 
-    async def _wait_for_load(
-        self, model_id: str, avoid_server_id: int | None, avoid_until: float
-    ) -> None:
-        """Ask for a model and return when it may be ready. Raises the manager's answer."""
-        demand_id = await self._ask(model_id)
-        self._keep_renewing()
-        self.poke(b"load")
-        try:
-            await self._watch(model_id, demand_id, avoid_server_id, avoid_until)
-        finally:
-            self._writer.submit(demand.withdraw, self._store, [demand_id])
+    def _withdraw(self, asked: asyncio.Task[int]) -> None:
+        if not asked.cancelled() and asked.exception() is None:
+            self._writer.submit(demand.withdraw, self._store, [asked.result()])
 
     async def _ask(self, model_id: str) -> int:
-        """Insert the demand; a file that is not there yet is the manager's to make."""
+        """Insert the demand and wake the manager; a file that is not there yet is its to make."""
+        demand_id = await self._insert_demand(model_id)
+        self._keep_renewing()
+        self.poke(b"load")
+        return demand_id
+
+    async def _insert_demand(self, model_id: str) -> int:
         give_up_at = time.monotonic() + MANAGER_PATIENCE_S
         while True:
             try:
@@ -220,6 +222,7 @@ class Broker:
     async def _watch(
         self, model_id: str, demand_id: int, avoid_server_id: int | None, avoid_until: float
     ) -> None:
+        """Return when the model may be ready. Raises the manager's answer."""
         limit_s = self._settings.longest_wait_s(model_id)
         deadline = time.monotonic() + limit_s
         silent_since = None
@@ -260,6 +263,16 @@ class Broker:
     def poke(self, word: bytes) -> None:
         """Wake the manager; a poke that can't be delivered is not needed."""
         send_poke(self._settings.state_dir, word)
+
+
+def _grant(route: Route) -> Grant:
+    return Grant(
+        server_id=route.server_id,
+        host=route.host,
+        port=route.port,
+        api_key=route.api_key,
+        model_id=route.model_id,
+    )
 
 
 def send_poke(state_dir: Path, word: bytes) -> None:
