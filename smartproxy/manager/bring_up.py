@@ -277,6 +277,9 @@ def _failed(manager: Manager, server_id: int, model_id: str, error: SmartProxyEr
     if child is not None:
         process.stop(child, grace_s=1.0)
         freed.note_end(manager, server_id, time.time())
+    # first, for once the row is no live one the next pass looks here for why not to start another
+    before = manager.failures.get(model_id)
+    manager.failed(model_id, error.code, str(error))
     moved = fleet.transition(
         manager.store,
         server_id,
@@ -290,5 +293,5 @@ def _failed(manager: Manager, server_id: int, model_id: str, error: SmartProxyEr
             "exit_code": child.exit_code() if child else None,
         },
     )
-    if moved:  # else it was being stopped on purpose: no failure
-        manager.failed(model_id, error.code, str(error))
+    if not moved:  # it was being stopped on purpose: no failure
+        manager.forget_failure(model_id, before)

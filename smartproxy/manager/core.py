@@ -116,3 +116,10 @@ class Manager:
         before = self.failures.get(model_id)
         times = before.times + 1 if before else 1
         self.failures[model_id] = Failure(code=code, message=message, at=time.time(), times=times)
+
+    def forget_failure(self, model_id: str, before: Failure | None) -> None:
+        """Take the last failure of a model back; `before` is the one before it."""
+        if before is None:
+            self.failures.pop(model_id, None)
+        else:
+            self.failures[model_id] = before

@@ -34,9 +34,10 @@ class Watcher:
         manager = self._manager
         with self._looking:
             seen = self._seen()
-        first, manager.gpus = manager.gpus is None, seen
         self._tell(seen)
+        # before the planner has it: no model is placed on a GPU that the file does not know yet
         gpus.write_snapshot(manager.store, seen, now=time.time())
+        first, manager.gpus = manager.gpus is None, seen
         if first or seen.gpus:
             manager.poke()
 
