@@ -48,6 +48,8 @@ def test_slow_load_shows_progress(bad: Bad) -> None:
 def test_silent_load_never_gets_ready_and_says_nothing(bad: Bad) -> None:
     with bad("silent_load") as server:
         wait_for(lambda: server.status() == 503, "the open port")
+        # its last words, maybe after the port is open
+        wait_for(lambda: "loading model '" in server.log.read_text(), "the beginning of the load")
         size = server.log.stat().st_size
         with pytest.raises(subprocess.TimeoutExpired):
             server.end(0.5)
