@@ -14,7 +14,7 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from smartproxy.catalog import build_catalog
+from smartproxy.catalog.catalog import build_catalog
 from smartproxy.command_options import where
 from smartproxy.config import load_settings
 from smartproxy.errors import ManagerDown

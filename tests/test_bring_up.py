@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smartproxy.catalog import build_catalog
+from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config import load_settings
 from smartproxy.lifetime import owned_processes
 from smartproxy.manager import act, binary, look, recent

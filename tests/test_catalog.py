@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from smartproxy.catalog import Catalog, build_catalog
+from smartproxy.catalog.catalog import Catalog, build_catalog
 from smartproxy.config import load_settings
 from smartproxy.errors import ConfigError, ModelNotFound
 from smartproxy.plan_types import Strategy

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from smartproxy.catalog import build_catalog
+from smartproxy.catalog.catalog import build_catalog
 from smartproxy.manager.binary import Binary
 from smartproxy.manager.core import Manager
 from smartproxy.manager.freed import PATIENCE_S, note_end, note_others, still_held, visible_bytes

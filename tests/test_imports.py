@@ -227,7 +227,11 @@ def test_module_imports_only_what_its_row_allows(module: str) -> None:
         ("smartproxy.manager.place", "open('x')", "calls open"),
         ("smartproxy.manager.observe", "import smartproxy.state.fleet", "may not import"),
         ("smartproxy.config", "import flask", "may not import flask"),
-        ("smartproxy.catalog", "from smartproxy.state.store import Store", "may not import"),
+        (
+            "smartproxy.catalog.catalog",
+            "from smartproxy.state.store import Store",
+            "may not import",
+        ),
         ("smartproxy.state.store", "from smartproxy.config import Settings", "may not import"),
         ("smartproxy.types", "import smartproxy.config", "may not import smartproxy.config"),
         ("smartproxy.types", "if x:\n    import smartproxy.config", "may not import"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from smartproxy.catalog import ModelSpec, build_catalog
+from smartproxy.catalog.catalog import ModelSpec, build_catalog
 from smartproxy.manager.binary import Binary
 from smartproxy.manager.launch import command, environment
 from smartproxy.manager.loaded import loaded_of, options_key, settings_key

@@ -20,7 +20,7 @@ from types import FrameType
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from smartproxy.catalog import build_catalog
+from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config import load_settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import die_with_parent, worker_alive

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from smartproxy.catalog import ModelSpec
+from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed, LoadTimeout, SmartProxyError
 from smartproxy.manager import freed, out_of_memory, process, record, shortage
 from smartproxy.manager.core import Manager

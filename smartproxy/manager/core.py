@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from smartproxy.catalog import Catalog
+from smartproxy.catalog.catalog import Catalog
 from smartproxy.manager.binary import Binary
 from smartproxy.manager.process import Child
 from smartproxy.manager.recent import RecentUse

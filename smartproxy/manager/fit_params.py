@@ -16,7 +16,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from smartproxy.catalog import ModelSpec
+from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import SmartProxyError
 from smartproxy.manager import needs, record
 from smartproxy.manager.binary import Binary, child_environment

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from smartproxy.catalog import ModelSpec
+from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.lifetime import OWNER_VARIABLE
 from smartproxy.manager.binary import Binary, child_environment
 from smartproxy.manager.estimate import Loaded

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from smartproxy.catalog import ModelSpec
+from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.manager.core import Manager
 from smartproxy.manager.estimate import Loaded
 from smartproxy.manager.learning import Learned, Lesson, learn

@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from smartproxy.catalog import ModelSpec
+from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed, MetadataError
 from smartproxy.manager import metadata as gguf_metadata
 from smartproxy.manager.estimate import Loaded, with_flash_attn_resolved

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from smartproxy.catalog import ModelSpec
+from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed, MetadataError
 from smartproxy.manager import lessons
 from smartproxy.manager.core import Manager

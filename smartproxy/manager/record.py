@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from smartproxy.catalog import ModelSpec
+from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.manager import needs
 from smartproxy.manager.buffer_lines import HOST, measured_buffers
 from smartproxy.manager.core import Manager

@@ -13,7 +13,7 @@ import logging
 import time
 from dataclasses import replace
 
-from smartproxy.catalog import ModelSpec
+from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed
 from smartproxy.manager import freed, needs
 from smartproxy.manager.core import Manager, Shortage

@@ -7,7 +7,7 @@ import logging
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from smartproxy.catalog import build_catalog
+from smartproxy.catalog.catalog import build_catalog
 from smartproxy.errors import (
     RequestTooLarge,
     RouteNotFound,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, jsonify, request
 
-from smartproxy.catalog import Catalog
+from smartproxy.catalog.catalog import Catalog
 from smartproxy.errors import ModelNotFound, RouteNotFound
 from smartproxy.proxy import auth, view
 from smartproxy.proxy.asking import Question, ask_manager

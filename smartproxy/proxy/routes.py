@@ -15,7 +15,7 @@ import orjson
 from flask import Blueprint, Response, g, request
 from werkzeug.formparser import FormDataParser
 
-from smartproxy.catalog import Catalog, ModelSpec
+from smartproxy.catalog.catalog import Catalog, ModelSpec
 from smartproxy.errors import (
     InvalidJson,
     ModelNotFound,

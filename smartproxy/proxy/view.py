@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from smartproxy.catalog import Catalog, ModelSpec
+from smartproxy.catalog.catalog import Catalog, ModelSpec
 from smartproxy.entities import (
     GPU,
     GPUAssignment,

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from smartproxy.catalog.scan import FoundModel, files_problem, find_variant, parts_of, scan
 from smartproxy.errors import ConfigError, ModelNotFound
 from smartproxy.plan_types import Strategy
-from smartproxy.scan import FoundModel, files_problem, find_variant, parts_of, scan
 from smartproxy.settings import ModelSettings, Settings
 from smartproxy.types import GIB
 
