@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from smartproxy.estimate_command import estimate_command
+from smartproxy.commands.estimate import estimate_command
 from tests import gguf_files, gguf_models
 
 PARTS = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from smartproxy.commands.gpus import age_line, gpu_table, gpus_command, process_table
 from smartproxy.entities import GPU, GPUProcess
 from smartproxy.errors import ManagerDown
-from smartproxy.gpus_command import age_line, gpu_table, gpus_command, process_table
 from smartproxy.state.prepare import create
 from smartproxy.types import GIB, GpuState
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from smartproxy.commands.plan import lines
 from smartproxy.errors import ManagerDown
-from smartproxy.plan_command import lines
 from smartproxy.proxy.asking import Question, ask_manager
 from smartproxy.state.prepare import create
 from tests.gpu_running import Card, cli_environment, gpu_machine, model, plan, world_of

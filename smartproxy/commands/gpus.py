@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
-from smartproxy.command_options import where
+from smartproxy.commands.options import where
 from smartproxy.config import load_settings
 from smartproxy.entities import GPU, GPUProcess
 from smartproxy.errors import ManagerDown

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from smartproxy.command_options import remember, where
+from smartproxy.commands.options import remember, where
 from smartproxy.config import load_settings
 from smartproxy.log import setup_logging
 from smartproxy.serve import serve

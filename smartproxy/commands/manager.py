@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from smartproxy.command_options import remember, where
+from smartproxy.commands.options import remember, where
 from smartproxy.manager.__main__ import main
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from smartproxy import estimate_views
+from smartproxy.commands import estimate_views
 from smartproxy.errors import MetadataError
 from smartproxy.manager.estimate import DEFAULT_OVERHEAD_BYTES, clamped_context, estimate
 from smartproxy.manager.kv_cache import CACHE_TYPES, is_quantized

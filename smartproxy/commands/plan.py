@@ -15,7 +15,7 @@ import click
 from tabulate import tabulate
 
 from smartproxy.catalog.catalog import build_catalog
-from smartproxy.command_options import where
+from smartproxy.commands.options import where
 from smartproxy.config import load_settings
 from smartproxy.errors import ManagerDown
 from smartproxy.proxy.asking import Question, ask_manager
