@@ -15,10 +15,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import PARENT_VARIABLE
 from smartproxy.listen import UNIX, close, listen
-from smartproxy.settings import Settings
 
 logger = logging.getLogger(__name__)
 

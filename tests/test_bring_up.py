@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from smartproxy.catalog.catalog import build_catalog
-from smartproxy.config import load_settings
+from smartproxy.config.load import load_settings
 from smartproxy.lifetime import owned_processes
 from smartproxy.manager import act, binary, look, recent
 from smartproxy.manager.bring_down import take_down

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from smartproxy.catalog.catalog import Catalog, build_catalog
-from smartproxy.config import load_settings
+from smartproxy.config.load import load_settings
 from smartproxy.errors import ConfigError, ModelNotFound
 from smartproxy.plan_types import Strategy
 from smartproxy.types import GIB

@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from smartproxy.config import (
+from smartproxy.config.load import (
     SCHEMA_PATH,
     ModelSettings,
     ServerPool,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from smartproxy.config import ModelSettings, ServerPool, Settings, load_settings
-from smartproxy.legacy import translate
+from smartproxy.config.legacy import translate
+from smartproxy.config.load import ModelSettings, ServerPool, Settings, load_settings
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGURATION = REPOSITORY / "docs" / "configuration.md"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from smartproxy.config import load_settings
+from smartproxy.config.load import load_settings
 from smartproxy.proxy.ensure import Broker
 from smartproxy.state.prepare import create
 from smartproxy.state.store import Store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smartproxy.manager.extra_args import read_args
+from smartproxy.config.server_args import read_args
 from smartproxy.need_types import FlashAttention
 
 

@@ -226,7 +226,7 @@ def test_module_imports_only_what_its_row_allows(module: str) -> None:
         ("smartproxy.manager.place", "from smartproxy import config", "may not import"),
         ("smartproxy.manager.place", "open('x')", "calls open"),
         ("smartproxy.manager.observe", "import smartproxy.state.fleet", "may not import"),
-        ("smartproxy.config", "import flask", "may not import flask"),
+        ("smartproxy.config.load", "import flask", "may not import flask"),
         (
             "smartproxy.catalog.catalog",
             "from smartproxy.state.store import Store",

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from smartproxy.config import Settings, load_settings
+from smartproxy.config.legacy import translate
+from smartproxy.config.load import Settings, load_settings
 from smartproxy.errors import ConfigError
-from smartproxy.legacy import translate
 from smartproxy.plan_types import Strategy
 
 #: every section the previous generation had, with the values it was shipped with

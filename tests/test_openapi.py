@@ -23,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from smartproxy import errors
-from smartproxy.config import load_settings
+from smartproxy.config.load import load_settings
 from smartproxy.entities import GPU, GPUAssignment, GPUPoolStatus, GPUProcess, Server
 from smartproxy.proxy.app import create_app
 from smartproxy.proxy.monitoring import openapi_json

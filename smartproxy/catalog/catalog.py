@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from smartproxy.catalog.scan import FoundModel, files_problem, find_variant, parts_of, scan
+from smartproxy.config.settings import ModelSettings, Settings
 from smartproxy.errors import ConfigError, ModelNotFound
 from smartproxy.plan_types import Strategy
-from smartproxy.settings import ModelSettings, Settings
 from smartproxy.types import GIB
 
 T = TypeVar("T")

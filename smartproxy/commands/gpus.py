@@ -14,7 +14,7 @@ import click
 from tabulate import tabulate
 
 from smartproxy.commands.options import where
-from smartproxy.config import load_settings
+from smartproxy.config.load import load_settings
 from smartproxy.entities import GPU, GPUProcess
 from smartproxy.errors import ManagerDown
 from smartproxy.proxy import view

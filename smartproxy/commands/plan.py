@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from smartproxy.catalog.catalog import build_catalog
 from smartproxy.commands.options import where
-from smartproxy.config import load_settings
+from smartproxy.config.load import load_settings
 from smartproxy.errors import ManagerDown
 from smartproxy.proxy.asking import Question, ask_manager
 from smartproxy.state.store import Store

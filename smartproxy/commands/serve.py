@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from smartproxy.commands.options import remember, where
-from smartproxy.config import load_settings
+from smartproxy.config.load import load_settings
 from smartproxy.log import setup_logging
 from smartproxy.serve import serve
 

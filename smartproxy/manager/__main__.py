@@ -21,7 +21,8 @@ from types import FrameType
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from smartproxy.catalog.catalog import build_catalog
-from smartproxy.config import load_settings
+from smartproxy.config.load import load_settings
+from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import die_with_parent, worker_alive
 from smartproxy.log import setup_logging
@@ -33,7 +34,6 @@ from smartproxy.manager.gpus import Watcher
 from smartproxy.manager.poke import Doorbell
 from smartproxy.manager.tick import tick
 from smartproxy.manager.watch import trim_logs, watch
-from smartproxy.settings import Settings
 from smartproxy.state import demand, fleet, measured, prepare
 
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here

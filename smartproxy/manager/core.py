@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smartproxy.catalog.catalog import Catalog
+from smartproxy.config.settings import Settings
 from smartproxy.manager.binary import Binary
 from smartproxy.manager.process import Child
 from smartproxy.manager.recent import RecentUse
 from smartproxy.plan_types import RunningServer
-from smartproxy.settings import Settings
 from smartproxy.state.store import Store
 from smartproxy.types import GpuSnapshot
 

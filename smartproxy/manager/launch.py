@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from smartproxy.catalog.catalog import ModelSpec
+from smartproxy.config.server_args import ExtraArgs, read_args
 from smartproxy.lifetime import OWNER_VARIABLE
 from smartproxy.manager.binary import Binary, child_environment
 from smartproxy.manager.estimate import Loaded
-from smartproxy.manager.extra_args import ExtraArgs, read_args
 from smartproxy.need_types import EstimateOptions
 from smartproxy.plan_types import Placement
 

@@ -15,10 +15,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from smartproxy.catalog.catalog import ModelSpec
+from smartproxy.config.server_args import ExtraArgs, read_args
 from smartproxy.errors import LoadFailed, MetadataError
 from smartproxy.manager import metadata as gguf_metadata
 from smartproxy.manager.estimate import Loaded, with_flash_attn_resolved
-from smartproxy.manager.extra_args import ExtraArgs, read_args
 from smartproxy.manager.projector import read_projector
 from smartproxy.need_types import EstimateOptions, FlashAttention, Layout, ModelMetadata
 from smartproxy.state.store import Store

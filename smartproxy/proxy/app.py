@@ -8,6 +8,7 @@ from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from smartproxy.catalog.catalog import build_catalog
+from smartproxy.config.settings import Settings
 from smartproxy.errors import (
     RequestTooLarge,
     RouteNotFound,
@@ -18,7 +19,6 @@ from smartproxy.proxy import monitoring, operations, routes
 from smartproxy.proxy.counting import RequestCounts
 from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.express import EXTENSION
-from smartproxy.settings import Settings
 from smartproxy.state.store import Store
 
 logger = logging.getLogger(__name__)

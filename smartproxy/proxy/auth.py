@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 
 from flask import Request
 
+from smartproxy.config.settings import Settings
 from smartproxy.errors import InvalidApiKey
-from smartproxy.settings import Settings
 
 #: what monitoring polls, and what describes the API, needs no key
 PUBLIC_PATHS = frozenset({"/health", "/openapi.json"})

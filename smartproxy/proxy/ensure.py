@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from smartproxy.config.settings import Settings
 from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, SmartProxyError, from_code
 from smartproxy.lifetime import worker_id
 from smartproxy.proxy.moves import Moves
 from smartproxy.proxy.relay import Grant
-from smartproxy.settings import Settings
 from smartproxy.state import demand
 from smartproxy.state.demand import Route
 from smartproxy.state.store import Store

@@ -11,7 +11,7 @@ import resource
 import sys
 from typing import Any
 
-from smartproxy.config import load_settings
+from smartproxy.config.load import load_settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import die_with_parent
 

@@ -13,12 +13,12 @@ import yaml
 from flask import Blueprint, Response, jsonify, request
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
+from smartproxy.config.settings import Settings
 from smartproxy.entities import pool_status
 from smartproxy.errors import ManagerDown, ShuttingDown
 from smartproxy.proxy import auth, metrics, status, tables, view
 from smartproxy.proxy.counting import RequestCounts
 from smartproxy.proxy.ensure import send_poke
-from smartproxy.settings import Settings
 from smartproxy.state.store import Store
 
 #: a look at the GPUs that is no older needs no other

@@ -16,6 +16,7 @@ from flask import Blueprint, Response, g, request
 from werkzeug.formparser import FormDataParser
 
 from smartproxy.catalog.catalog import Catalog, ModelSpec
+from smartproxy.config.settings import Settings
 from smartproxy.errors import (
     InvalidJson,
     ModelNotFound,
@@ -29,7 +30,6 @@ from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.express import Express, PlainRequest
 from smartproxy.proxy.http_wire import header_bytes
 from smartproxy.proxy.relay import Job, hand_over
-from smartproxy.settings import Settings
 
 INFERENCE_PATHS = frozenset(
     {

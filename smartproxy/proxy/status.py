@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from smartproxy.config.settings import Settings
 from smartproxy.proxy import view
-from smartproxy.settings import Settings
 from smartproxy.state import fleet
 from smartproxy.state.store import Row, Store
 from smartproxy.types import GIB

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from smartproxy.catalog.catalog import Catalog, ModelSpec
+from smartproxy.config.settings import Settings
 from smartproxy.entities import (
     GPU,
     GPUAssignment,
@@ -16,7 +17,6 @@ from smartproxy.entities import (
     pool_status,
     status_of,
 )
-from smartproxy.settings import Settings
 from smartproxy.state import demand, fleet
 from smartproxy.state.store import Row, Store
 from smartproxy.types import GIB, GpuState, ServerState

@@ -1,6 +1,6 @@
 """The application that gunicorn loads in each worker, after the fork."""
 
-from smartproxy.config import load_settings
+from smartproxy.config.load import load_settings
 from smartproxy.log import setup_logging
 from smartproxy.proxy.app import create_app
 

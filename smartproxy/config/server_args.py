@@ -4,7 +4,7 @@ Those that the estimate can follow are taken out of the list, so that the launch
 setting once; those that it can't follow are named, and make the estimate deliberately high. The
 rest does not touch memory, or touches only the host's caches, and is passed on as it stands.
 Names from `llama-server --help` of b10068 and b10434. What a configuration may not say at all
-(context, slots, layers, devices) is refused earlier, in smartproxy/flags.py.
+(context, slots, layers, devices) is refused earlier, in smartproxy/config/reserved_args.py.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from smartproxy.flags import args_problem, env_problem
-from smartproxy.plan_types import Strategy
-from smartproxy.setting_types import (
+from smartproxy.config.reserved_args import args_problem, env_problem
+from smartproxy.config.values import (
     ApiKey,
     CacheBits,
     CacheType,
@@ -29,6 +28,7 @@ from smartproxy.setting_types import (
     SecondsOrZero,
     Text,
 )
+from smartproxy.plan_types import Strategy
 
 
 class _Section(BaseModel):

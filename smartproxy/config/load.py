@@ -15,14 +15,14 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from smartproxy.config_errors import one_line
+from smartproxy.config.legacy import Translation, translate
+from smartproxy.config.settings import ModelSettings, ServerPool, Settings
+from smartproxy.config.wording import one_line
 from smartproxy.errors import ConfigError
-from smartproxy.legacy import Translation, translate
-from smartproxy.settings import ModelSettings, ServerPool, Settings
 
 __all__ = ["ModelSettings", "ServerPool", "Settings", "json_schema", "load_settings"]
 
-SCHEMA_PATH = Path(__file__).parent.parent / "docs" / "config.schema.json"
+SCHEMA_PATH = Path(__file__).parents[2] / "docs" / "config.schema.json"
 
 
 def load_settings(
