@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from smartproxy.manager.observe import MIG_INDEX_BASE, GpuObserver
+from smartproxy.gpus.nvml import MIG_INDEX_BASE, GpuObserver
 from smartproxy.types import MIB, Gpu, GpuSnapshot
 from tests.running import fake_model, running, wait_until
 

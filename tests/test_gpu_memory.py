@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tabulate import tabulate
 
-from smartproxy.manager.observe import GpuObserver
+from smartproxy.gpus.nvml import GpuObserver
 from smartproxy.types import GIB, MIB, Gpu
 from tests import gguf_files, gguf_models, gguf_shapes
 from tests.gguf_shapes import Body

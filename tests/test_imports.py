@@ -225,7 +225,7 @@ def test_module_imports_only_what_its_row_allows(module: str) -> None:
         ("smartproxy.manager.place", "from smartproxy.state import store", "smartproxy.state"),
         ("smartproxy.manager.place", "from smartproxy import config", "may not import"),
         ("smartproxy.manager.place", "open('x')", "calls open"),
-        ("smartproxy.manager.observe", "import smartproxy.state.fleet", "may not import"),
+        ("smartproxy.gpus.nvml", "import smartproxy.state.fleet", "may not import"),
         ("smartproxy.config.load", "import flask", "may not import flask"),
         (
             "smartproxy.catalog.catalog",

@@ -9,8 +9,8 @@ import logging
 import threading
 import time
 
+from smartproxy.gpus.nvml import GpuObserver
 from smartproxy.manager.core import Manager
-from smartproxy.manager.observe import GpuObserver
 from smartproxy.state import gpus
 from smartproxy.types import GpuSnapshot
 

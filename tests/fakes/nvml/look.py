@@ -11,7 +11,7 @@ import sys
 import threading
 from dataclasses import asdict
 
-from smartproxy.manager.observe import GpuObserver
+from smartproxy.gpus.nvml import GpuObserver
 
 
 def main() -> None:
