@@ -26,8 +26,8 @@ import requests
 from tabulate import tabulate
 
 from bench.latency import wait_for_health
-from smartproxy.manager import binary
-from smartproxy.manager.binary import child_environment
+from smartproxy.llama import binary
+from smartproxy.llama.binary import child_environment
 from tests.running import REAL_MODEL, free_port, running
 
 MODEL = "smollm2-135m"

@@ -26,7 +26,7 @@ from typing import Any
 from bench import stacks
 from bench.figures import PEERS, machine, ratios, summary, table
 from bench.processes import Stack, build, load, wait_for_quiet
-from smartproxy.manager.binary import find
+from smartproxy.llama.binary import find
 from tests.nginxes import NGINX
 
 ROOT = Path(__file__).parent.parent

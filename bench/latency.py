@@ -20,7 +20,7 @@ from typing import Any
 import requests
 from tabulate import tabulate
 
-from smartproxy.manager.binary import child_environment
+from smartproxy.llama.binary import child_environment
 from tests.running import REAL_MODEL, Proxy, free_port, running
 
 MODEL = "smollm2-135m"

@@ -17,7 +17,7 @@ import psutil
 import requests
 
 from bench.processes import Stack
-from smartproxy.manager.binary import child_environment, find
+from smartproxy.llama.binary import child_environment, find
 from tests.nginxes import NGINX, nginx
 from tests.running import REAL_MODEL, Proxy, free_port, running
 from tests.wire import Wire

@@ -13,7 +13,8 @@ import pytest
 from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config.load import load_settings
 from smartproxy.lifetime import owned_processes
-from smartproxy.manager import act, binary, look, recent
+from smartproxy.llama import binary
+from smartproxy.manager import act, look, recent
 from smartproxy.manager.bring_down import take_down
 from smartproxy.manager.core import Manager
 from smartproxy.manager.plan import plan

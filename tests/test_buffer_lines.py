@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from smartproxy.manager.buffer_lines import HOST, measured_buffers
+from smartproxy.llama.buffer_lines import HOST, measured_buffers
 from smartproxy.types import MIB
 
 #: llama-server b10068, SmolLM2-135M, software Vulkan device, -ngl 99 -c 2048 -np 1 -lv 4

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from smartproxy.manager.buffer_lines import HOST, measured_buffers
+from smartproxy.llama.buffer_lines import HOST, measured_buffers
 from smartproxy.manager.estimate import Loaded, estimate, predictor
 from smartproxy.manager.metadata import read_metadata
 from smartproxy.manager.projector import read_projector

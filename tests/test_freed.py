@@ -11,7 +11,7 @@ import pytest
 
 from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config.settings import Settings
-from smartproxy.manager.binary import Binary
+from smartproxy.llama.binary import Binary
 from smartproxy.manager.core import Manager
 from smartproxy.manager.freed import PATIENCE_S, note_end, note_others, still_held, visible_bytes
 from smartproxy.manager.ledger import open_ledger

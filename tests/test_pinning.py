@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from smartproxy.errors import LoadFailed
-from smartproxy.manager.binary import Device
-from smartproxy.manager.pinning import device_names
+from smartproxy.llama.binary import Device
+from smartproxy.llama.devices import device_names
 from smartproxy.plan_types import GpuShare
 from smartproxy.types import GIB, Gpu
 from tests.worlds import gpu

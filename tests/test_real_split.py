@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from smartproxy.manager.buffer_lines import measured_buffers
+from smartproxy.llama.buffer_lines import measured_buffers
 from smartproxy.manager.estimate import estimate
 from smartproxy.manager.metadata import read_metadata
 from smartproxy.need_types import DeviceBytes, EstimateOptions, FlashAttention, Layout

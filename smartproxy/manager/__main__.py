@@ -25,8 +25,9 @@ from smartproxy.config.load import load_settings
 from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import die_with_parent, worker_alive
+from smartproxy.llama import binary
 from smartproxy.log import setup_logging
-from smartproxy.manager import binary, fit_params, needs, recent, record
+from smartproxy.manager import fit_params, needs, recent, record
 from smartproxy.manager.act import stop_all
 from smartproxy.manager.adopt import adopt_all
 from smartproxy.manager.core import Manager

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from smartproxy.errors import LoadFailed, SmartProxyError
-from smartproxy.manager import freed, process
+from smartproxy.llama import process
+from smartproxy.manager import freed
 from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import argv_of, bring_up, free_port
 from smartproxy.manager.core import Manager

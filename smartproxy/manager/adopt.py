@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 
 from smartproxy.lifetime import OWNER_VARIABLE, owned_processes
-from smartproxy.manager import process, record
+from smartproxy.llama import process
+from smartproxy.manager import record
 from smartproxy.manager.act import in_thread
 from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import resume

@@ -9,7 +9,8 @@ import time
 
 import requests
 
-from smartproxy.manager import freed, process
+from smartproxy.llama import process
+from smartproxy.manager import freed
 from smartproxy.manager.core import Manager
 from smartproxy.state import fleet
 from smartproxy.types import ServerState

@@ -17,13 +17,14 @@ import psutil
 
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed, LoadTimeout, SmartProxyError
-from smartproxy.manager import freed, out_of_memory, process, record, shortage
+from smartproxy.llama import out_of_memory, process
+from smartproxy.llama.command import command, environment
+from smartproxy.llama.devices import device_names
+from smartproxy.llama.out_of_memory import Lacking
+from smartproxy.llama.process import Child
+from smartproxy.manager import freed, record, shortage
 from smartproxy.manager.core import Manager
-from smartproxy.manager.launch import command, environment
 from smartproxy.manager.loaded import loaded_of
-from smartproxy.manager.out_of_memory import Lacking
-from smartproxy.manager.pinning import device_names
-from smartproxy.manager.process import Child
 from smartproxy.manager.reasons import gb
 from smartproxy.manager.shortage import OutOfGpuMemory
 from smartproxy.plan_types import Placement

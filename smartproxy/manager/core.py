@@ -11,8 +11,8 @@ from pathlib import Path
 
 from smartproxy.catalog.catalog import Catalog
 from smartproxy.config.settings import Settings
-from smartproxy.manager.binary import Binary
-from smartproxy.manager.process import Child
+from smartproxy.llama.binary import Binary
+from smartproxy.llama.process import Child
 from smartproxy.manager.recent import RecentUse
 from smartproxy.plan_types import RunningServer
 from smartproxy.state.store import Store

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import SmartProxyError
+from smartproxy.llama.binary import Binary, child_environment
+from smartproxy.llama.command import device_flags, memory_flags
 from smartproxy.manager import needs, record
-from smartproxy.manager.binary import Binary, child_environment
 from smartproxy.manager.core import Manager
 from smartproxy.manager.estimate import Loaded, make_need
-from smartproxy.manager.launch import device_flags, memory_flags
 from smartproxy.manager.loaded import file_key, loaded_of, options_key, settings_key
 from smartproxy.need_types import Layout
 from smartproxy.plan_types import GpuShare, Placement

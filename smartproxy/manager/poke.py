@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from smartproxy.manager.process import Child
+from smartproxy.llama.process import Child
 
 
 class Doorbell:

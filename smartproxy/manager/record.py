@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 
 from smartproxy.catalog.catalog import ModelSpec
+from smartproxy.llama.buffer_lines import HOST, measured_buffers
 from smartproxy.manager import needs
-from smartproxy.manager.buffer_lines import HOST, measured_buffers
 from smartproxy.manager.core import Manager
 from smartproxy.manager.estimate import Loaded, predictor
 from smartproxy.manager.learning import ROUNDING_BYTES, Vector, buffers_of

@@ -15,9 +15,9 @@ from dataclasses import replace
 
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed
+from smartproxy.llama.out_of_memory import asked_bytes
 from smartproxy.manager import freed, needs
 from smartproxy.manager.core import Manager, Shortage
-from smartproxy.manager.out_of_memory import asked_bytes
 from smartproxy.manager.reasons import gb
 from smartproxy.need_types import Estimate, Layout, Need
 from smartproxy.state import fleet

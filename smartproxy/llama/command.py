@@ -13,7 +13,7 @@ from pathlib import Path
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.config.server_args import ExtraArgs, read_args
 from smartproxy.lifetime import OWNER_VARIABLE
-from smartproxy.manager.binary import Binary, child_environment
+from smartproxy.llama.binary import Binary, child_environment
 from smartproxy.manager.estimate import Loaded
 from smartproxy.need_types import EstimateOptions
 from smartproxy.plan_types import Placement

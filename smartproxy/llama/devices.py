@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from smartproxy.errors import LoadFailed
-from smartproxy.manager.binary import Device
+from smartproxy.llama.binary import Device
 from smartproxy.plan_types import GpuShare
 from smartproxy.types import Gpu
 

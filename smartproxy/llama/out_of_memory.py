@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 
-from smartproxy.manager.buffer_lines import measured_buffers
+from smartproxy.llama.buffer_lines import measured_buffers
 from smartproxy.types import MIB
 
 
