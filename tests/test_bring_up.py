@@ -14,9 +14,10 @@ from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config.load import load_settings
 from smartproxy.lifetime import owned_processes
 from smartproxy.llama import binary
-from smartproxy.manager import act, look, recent
+from smartproxy.manager import act, snapshot
+from smartproxy.manager import use as recent_use
 from smartproxy.manager.bring_down import take_down
-from smartproxy.manager.core import Manager
+from smartproxy.manager.context import Manager
 from smartproxy.manager.plan import plan
 from smartproxy.state import demand, fleet, prepare
 from smartproxy.types import GpuSnapshot, ServerState
@@ -36,7 +37,7 @@ def manager_of(folder: Path, threads: ThreadPoolExecutor) -> Manager:
         binary=binary.inspect(path, library_dir, os.environ),
         threads=threads,
         poke=lambda: None,
-        recent=recent.load(state, time.time()),
+        recent=recent_use.load(state, time.time()),
         gpus=GpuSnapshot(gpus=(), observed_at=time.time(), reason="none here"),
     )
 
@@ -48,7 +49,7 @@ def test_a_server_stopped_before_its_process_began_leaves_none_behind(tmp_path: 
         now = time.time()
         demand.ask(manager.store, "load", "m", "worker", now=now)
         demands = demand.open_demands(manager.store)
-        act.carry_out(manager, plan(look.snapshot(manager, demands, now)), demands, now)
+        act.carry_out(manager, plan(snapshot.snapshot(manager, demands, now)), demands, now)
         [row] = fleet.live_servers(manager.store)
         assert fleet.transition(
             manager.store,

@@ -12,10 +12,16 @@ import pytest
 from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config.settings import Settings
 from smartproxy.llama.binary import Binary
-from smartproxy.manager.core import Manager
-from smartproxy.manager.freed import PATIENCE_S, note_end, note_others, still_held, visible_bytes
+from smartproxy.manager.context import Manager
 from smartproxy.manager.ledger import open_ledger
-from smartproxy.manager.recent import RecentUse
+from smartproxy.manager.lingering import (
+    PATIENCE_S,
+    note_end,
+    note_others,
+    still_held,
+    visible_bytes,
+)
+from smartproxy.manager.use import RecentUse
 from smartproxy.plan_types import GpuShare, RunningServer
 from smartproxy.state import fleet
 from smartproxy.state.prepare import create

@@ -27,14 +27,15 @@ from smartproxy.errors import ConfigError
 from smartproxy.lifetime import die_with_parent, worker_alive
 from smartproxy.llama import binary
 from smartproxy.log import setup_logging
-from smartproxy.manager import fit_params, needs, recent, record
+from smartproxy.manager import measure, needs, unknown_models
+from smartproxy.manager import use as recent_use
 from smartproxy.manager.act import stop_all
 from smartproxy.manager.adopt import adopt_all
-from smartproxy.manager.core import Manager
-from smartproxy.manager.gpus import Watcher
-from smartproxy.manager.poke import Doorbell
+from smartproxy.manager.context import Manager
+from smartproxy.manager.doorbell import Doorbell
+from smartproxy.manager.gpu_watch import Watcher
+from smartproxy.manager.server_watch import trim_logs, watch
 from smartproxy.manager.tick import tick
-from smartproxy.manager.watch import trim_logs, watch
 from smartproxy.state import demand, fleet, measured, prepare
 
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
@@ -100,7 +101,7 @@ def _run(settings: Settings) -> int:
         binary=binary.inspect(path, library_dir, os.environ),
         threads=ThreadPoolExecutor(max_workers=128, thread_name_prefix="server"),
         poke=doorbell.poke,
-        recent=recent.load(state, time.time()),
+        recent=recent_use.load(state, time.time()),
         preload={spec.id for spec in catalog.models.values() if spec.preload},
     )
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -165,7 +166,7 @@ def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
     scheduler.add_job(watch, "interval", [manager], seconds=2)
     scheduler.add_job(_tidy, "interval", [manager], seconds=60)
     scheduler.add_job(needs.publish_models, args=[manager])
-    scheduler.add_job(fit_params.ask_about_unknown, "interval", [manager], seconds=10)
+    scheduler.add_job(unknown_models.ask_about_unknown, "interval", [manager], seconds=10)
     # it warns of every look that a slow driver makes it skip
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     scheduler.start()
@@ -174,7 +175,7 @@ def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
 
 def _look(manager: Manager, watcher: Watcher) -> None:
     watcher.look()
-    record.sample(manager)
+    measure.sample(manager)
 
 
 def _now() -> datetime:

@@ -15,11 +15,11 @@ from typing import Any
 
 from smartproxy.errors import LoadFailed, SmartProxyError
 from smartproxy.llama import process
-from smartproxy.manager import freed
+from smartproxy.manager import lingering
 from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import argv_of, bring_up, free_port
-from smartproxy.manager.core import Manager
-from smartproxy.manager.loaded import loaded_of, options_key, settings_key
+from smartproxy.manager.context import Manager
+from smartproxy.manager.served import loaded_of, options_key, settings_key
 from smartproxy.plan_types import Decision, Evict, Start
 from smartproxy.state import counts, demand, fleet
 from smartproxy.state.demand import Demand
@@ -222,7 +222,7 @@ def notice_exits(manager: Manager, now: float) -> None:
         state = ServerState(row["state"])
         if state not in (ServerState.READY, ServerState.DRAINING) or (child and child.alive()):
             continue
-        freed.note_end(manager, row["id"], now)
+        lingering.note_end(manager, row["id"], now)
         exit_code = child.exit_code() if child else None
         why = process.explain_exit(exit_code, process.tail(Path(row["log_path"])))
         message = f"model '{row['model_id']}': its llama-server {why}"

@@ -15,11 +15,11 @@ import psutil
 
 from smartproxy.lifetime import OWNER_VARIABLE, owned_processes
 from smartproxy.llama import process
-from smartproxy.manager import record
+from smartproxy.manager import measure
 from smartproxy.manager.act import in_thread
 from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import resume
-from smartproxy.manager.core import Manager
+from smartproxy.manager.context import Manager
 from smartproxy.state import fleet
 from smartproxy.state.store import Row
 from smartproxy.types import ServerState
@@ -50,7 +50,7 @@ def _go_on(manager: Manager, row: Row) -> None:
     if state == ServerState.STARTING and spec is not None:
         in_thread(manager, resume, manager, row["id"], spec)
     elif state == ServerState.READY:
-        in_thread(manager, record.after_load, manager, row["id"])
+        in_thread(manager, measure.after_load, manager, row["id"])
     elif state == ServerState.DRAINING:
         in_thread(manager, drain, manager, row["id"])
     elif state == ServerState.STOPPING:

@@ -10,7 +10,7 @@ from typing import Any
 
 from smartproxy.errors import SmartProxyError
 from smartproxy.manager import needs, shapes, shortage
-from smartproxy.manager.core import Manager
+from smartproxy.manager.context import Manager
 from smartproxy.manager.ledger import overhead_bytes
 from smartproxy.manager.plan import explain
 from smartproxy.need_types import DeviceBytes, Estimate, Layout

@@ -10,8 +10,8 @@ import time
 import requests
 
 from smartproxy.llama import process
-from smartproxy.manager import freed
-from smartproxy.manager.core import Manager
+from smartproxy.manager import lingering
+from smartproxy.manager.context import Manager
 from smartproxy.state import fleet
 from smartproxy.types import ServerState
 
@@ -83,7 +83,7 @@ def take_down(manager: Manager, server_id: int, grace_s: float = process.TERM_GR
     child = manager.children.get(server_id)
     began = time.monotonic()
     said = process.stop(child, grace_s=grace_s) if child is not None else "it had no process"
-    freed.note_end(manager, server_id, time.time())
+    lingering.note_end(manager, server_id, time.time())
     fleet.transition(
         manager.store,
         server_id,

@@ -22,10 +22,10 @@ from smartproxy.llama.command import command, environment
 from smartproxy.llama.devices import device_names
 from smartproxy.llama.out_of_memory import Lacking
 from smartproxy.llama.process import Child
-from smartproxy.manager import freed, record, shortage
-from smartproxy.manager.core import Manager
-from smartproxy.manager.loaded import loaded_of
+from smartproxy.manager import lingering, measure, shortage
+from smartproxy.manager.context import Manager
 from smartproxy.manager.reasons import gb
+from smartproxy.manager.served import loaded_of
 from smartproxy.manager.shortage import OutOfGpuMemory
 from smartproxy.plan_types import Placement
 from smartproxy.state import fleet
@@ -52,7 +52,7 @@ def bring_up(manager: Manager, server_id: int, spec: ModelSpec, placement: Place
     """Start the server of a row in state starting and carry it to ready or failed."""
     try:
         loaded = loaded_of(manager.store, spec)
-        record.expect(manager, server_id, placement, spec=spec, loaded=loaded)
+        measure.expect(manager, server_id, placement, spec=spec, loaded=loaded)
         _start_and_wait(manager, server_id, spec, placement)
     except OutOfGpuMemory as error:
         _out_of_memory(manager, server_id, spec, error)
@@ -61,7 +61,7 @@ def bring_up(manager: Manager, server_id: int, spec: ModelSpec, placement: Place
     except OSError as error:
         _failed(manager, server_id, spec.id, LoadFailed(f"model '{spec.id}': {error}"))
     else:
-        record.after_load(manager, server_id)
+        measure.after_load(manager, server_id)
     finally:
         manager.poke()
 
@@ -75,7 +75,7 @@ def resume(manager: Manager, server_id: int, spec: ModelSpec) -> None:
     except SmartProxyError as error:
         _failed(manager, server_id, spec.id, error)
     else:
-        record.after_load(manager, server_id)
+        measure.after_load(manager, server_id)
     finally:
         manager.poke()
 
@@ -266,7 +266,7 @@ def _out_of_memory(
 ) -> None:
     """Have the load tried once more, or carry it to failed with the numbers."""
     manager.children.pop(server_id, None)
-    freed.note_end(manager, server_id, time.time())
+    lingering.note_end(manager, server_id, time.time())
     if not shortage.try_again(manager, server_id, spec, error):
         text = f"{error}; {shortage.numbers(manager, server_id)}; it was the second try"
         _failed(manager, server_id, spec.id, LoadFailed(text))
@@ -277,7 +277,7 @@ def _failed(manager: Manager, server_id: int, model_id: str, error: SmartProxyEr
     child = manager.children.pop(server_id, None)
     if child is not None:
         process.stop(child, grace_s=1.0)
-        freed.note_end(manager, server_id, time.time())
+        lingering.note_end(manager, server_id, time.time())
     # first, for once the row is no live one the next pass looks here for why not to start another
     before = manager.failures.get(model_id)
     manager.failed(model_id, error.code, str(error))

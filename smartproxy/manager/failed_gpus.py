@@ -12,7 +12,7 @@ import time
 
 from smartproxy.manager.act import in_thread, stop_starting, unload
 from smartproxy.manager.bring_down import take_down
-from smartproxy.manager.core import Manager
+from smartproxy.manager.context import Manager
 from smartproxy.state import fleet
 from smartproxy.state.store import Row
 from smartproxy.types import Gpu, ServerState

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from smartproxy.catalog.catalog import ModelSpec
-from smartproxy.manager.core import Manager
+from smartproxy.manager.context import Manager
 from smartproxy.manager.estimate import Loaded
 from smartproxy.manager.learning import Learned, Lesson, learn
 from smartproxy.manager.ledger import default_overhead_bytes
-from smartproxy.manager.loaded import file_key, options_key
+from smartproxy.manager.served import file_key, options_key
 from smartproxy.need_types import Layout
 from smartproxy.state import measured
 from smartproxy.state.store import Row

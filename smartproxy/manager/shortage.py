@@ -16,8 +16,8 @@ from dataclasses import replace
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed
 from smartproxy.llama.out_of_memory import asked_bytes
-from smartproxy.manager import freed, needs
-from smartproxy.manager.core import Manager, Shortage
+from smartproxy.manager import lingering, needs
+from smartproxy.manager.context import Manager, Shortage
 from smartproxy.manager.reasons import gb
 from smartproxy.need_types import Estimate, Layout, Need
 from smartproxy.state import fleet
@@ -117,7 +117,7 @@ def _stop(
 
 def _await_memory(manager: Manager, server_id: int) -> None:
     """Block until what the dead server held is back, so that the GPUs' numbers are the others'."""
-    deadline = time.monotonic() + freed.PATIENCE_S + 1
+    deadline = time.monotonic() + lingering.PATIENCE_S + 1
     while server_id in manager.ended and time.monotonic() < deadline:
         if manager.stopping.is_set():
             return

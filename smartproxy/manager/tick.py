@@ -10,11 +10,11 @@ import time
 
 from smartproxy.manager.act import carry_out, notice_exits, unload
 from smartproxy.manager.answer_plans import answer_plans
-from smartproxy.manager.core import Manager
+from smartproxy.manager.answers import answer_settled
+from smartproxy.manager.context import Manager
 from smartproxy.manager.failed_gpus import leave_failed_gpus
-from smartproxy.manager.look import idle_too_long, snapshot
 from smartproxy.manager.plan import plan
-from smartproxy.manager.settle import answer_settled
+from smartproxy.manager.snapshot import idle_too_long, snapshot
 from smartproxy.state import demand
 
 

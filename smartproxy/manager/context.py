@@ -13,7 +13,7 @@ from smartproxy.catalog.catalog import Catalog
 from smartproxy.config.settings import Settings
 from smartproxy.llama.binary import Binary
 from smartproxy.llama.process import Child
-from smartproxy.manager.recent import RecentUse
+from smartproxy.manager.use import RecentUse
 from smartproxy.plan_types import RunningServer
 from smartproxy.state.store import Store
 from smartproxy.types import GpuSnapshot

@@ -20,10 +20,10 @@ from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import SmartProxyError
 from smartproxy.llama.binary import Binary, child_environment
 from smartproxy.llama.command import device_flags, memory_flags
-from smartproxy.manager import needs, record
-from smartproxy.manager.core import Manager
+from smartproxy.manager import measure, needs
+from smartproxy.manager.context import Manager
 from smartproxy.manager.estimate import Loaded, make_need
-from smartproxy.manager.loaded import file_key, loaded_of, options_key, settings_key
+from smartproxy.manager.served import file_key, loaded_of, options_key, settings_key
 from smartproxy.need_types import Layout
 from smartproxy.plan_types import GpuShare, Placement
 from smartproxy.state import measured
@@ -101,7 +101,7 @@ def _ask(manager: Manager, tool: Path, spec: ModelSpec, what: tuple[Placement, L
     if len(sizes) != len(placement.gpus) + 1:
         logger.warning("model '%s': %s told nothing of use: %s", spec.id, NAME, told[-500:])
         return
-    record.expect(manager, None, placement, spec=spec, loaded=loaded, told=tuple(sizes))
+    measure.expect(manager, None, placement, spec=spec, loaded=loaded, told=tuple(sizes))
     logger.info(
         "model '%s' (%s): %s tells %s MB per device, the host last, in %.1f s",
         *(spec.id, loaded.metadata.unknown, NAME),

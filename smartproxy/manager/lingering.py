@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from smartproxy.manager.core import Ended, Manager
+from smartproxy.manager.context import Ended, Manager
 from smartproxy.plan_types import Hold, RunningServer
 from smartproxy.state import fleet
 from smartproxy.state.store import Row

@@ -10,7 +10,7 @@ import threading
 import time
 
 from smartproxy.gpus.nvml import GpuObserver
-from smartproxy.manager.core import Manager
+from smartproxy.manager.context import Manager
 from smartproxy.state import gpus
 from smartproxy.types import GpuSnapshot
 

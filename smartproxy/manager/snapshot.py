@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from smartproxy.errors import SmartProxyError
-from smartproxy.manager import freed, lessons, needs, recent, shortage
-from smartproxy.manager.core import Manager
+from smartproxy.manager import lessons, lingering, needs, shortage
+from smartproxy.manager import use as recent_use
+from smartproxy.manager.context import Manager
 from smartproxy.plan_types import Hold, PlanSettings, RunningServer, Snapshot, WaitingLoad
 from smartproxy.state import demand, fleet
 from smartproxy.state.demand import Demand
@@ -24,8 +25,8 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
     """
     live = fleet.live_servers(manager.store)
     promised = fleet.assignments(manager.store)
-    recent.count(manager.store, manager.recent, now)
-    freed.note_others(manager, live, promised)
+    recent_use.count(manager.store, manager.recent, now)
+    lingering.note_others(manager, live, promised)
     gpus = manager.gpus.gpus if manager.gpus else None
     settings = manager.settings
     return Snapshot(
@@ -33,7 +34,7 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
         gpus=gpus,
         servers=(
             *_running(manager, live, promised, (demands, now)),
-            *freed.still_held(manager, {row["id"] for row in live}, now),
+            *lingering.still_held(manager, {row["id"] for row in live}, now),
         ),
         loads=tuple(_waiting(manager, live, demands, now)),
         settings=PlanSettings(
@@ -59,7 +60,7 @@ def _running(
     for row in live:
         spec = manager.catalog.models.get(row["model_id"])
         use = manager.recent.uses.get(row["model_id"])
-        requests, tokens = recent.decayed(use, now) if use else (0.0, 0.0)
+        requests, tokens = recent_use.decayed(use, now) if use else (0.0, 0.0)
         yield RunningServer(
             server_id=row["id"],
             model_id=row["model_id"],
@@ -83,7 +84,7 @@ def _holds(manager: Manager, pid: int | None, parts: list[Row]) -> dict[str, Hol
     holds = {}
     for part in parts:
         gpu, reserved = gpus.get(part["gpu_uuid"]), part["reserved_bytes"]
-        visible = freed.visible_bytes(manager, gpu, pid, reserved) if gpu else 0
+        visible = lingering.visible_bytes(manager, gpu, pid, reserved) if gpu else 0
         holds[part["gpu_uuid"]] = Hold(reserved_bytes=reserved, visible_bytes=visible)
     return holds
 

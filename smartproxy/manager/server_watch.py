@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from smartproxy.manager.core import Manager
+from smartproxy.manager.context import Manager
 from smartproxy.state import fleet
 from smartproxy.state.store import Row
 from smartproxy.types import ServerState

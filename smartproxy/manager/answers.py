@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smartproxy.manager.core import Manager
+from smartproxy.manager.context import Manager
 from smartproxy.state import demand, fleet
 from smartproxy.state.demand import Demand
 from smartproxy.state.store import Row
