@@ -12,10 +12,10 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-from smartproxy.manager.estimate import Loaded, make_need
 from smartproxy.manager.ledger import default_overhead_bytes
 from smartproxy.manager.metadata import read_metadata
-from smartproxy.need_types import EstimateOptions, Layout, ModelMetadata
+from smartproxy.memory.estimate import Loaded, make_need
+from smartproxy.memory.types import EstimateOptions, Layout, ModelMetadata
 from smartproxy.plan_types import (
     Hold,
     PlacePolicy,

@@ -15,7 +15,7 @@ from itertools import count
 
 from bench.traces import Request, Trace
 from smartproxy.manager.evict import HALF_LIFE_S
-from smartproxy.need_types import Need
+from smartproxy.memory.types import Need
 from smartproxy.plan_types import (
     Decision,
     Evict,

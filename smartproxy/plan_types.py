@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from smartproxy.need_types import Estimate, Layout, Need
+from smartproxy.memory.types import Estimate, Layout, Need
 from smartproxy.types import Gpu, ServerState
 
 

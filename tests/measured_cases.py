@@ -12,9 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-from smartproxy.manager.estimate import estimate
 from smartproxy.manager.metadata import read_metadata
-from smartproxy.need_types import Estimate, EstimateOptions, FlashAttention, Layout, ModelMetadata
+from smartproxy.memory.estimate import estimate
+from smartproxy.memory.types import Estimate, EstimateOptions, FlashAttention, Layout, ModelMetadata
 from smartproxy.types import MIB
 from tests import gguf_files, gguf_models
 

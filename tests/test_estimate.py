@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartproxy.errors import UnknownCacheType
-from smartproxy.manager.estimate import (
+from smartproxy.manager.metadata import read_metadata
+from smartproxy.memory.estimate import (
     Loaded,
     clamped_context,
     estimate,
@@ -16,10 +17,9 @@ from smartproxy.manager.estimate import (
     predictor,
     resolved_flash_attn,
 )
-from smartproxy.manager.kv_cache import CACHE_TYPES
-from smartproxy.manager.layer_split import HOST, layer_devices
-from smartproxy.manager.metadata import read_metadata
-from smartproxy.need_types import (
+from smartproxy.memory.kv_cache import CACHE_TYPES
+from smartproxy.memory.layer_split import HOST, layer_devices
+from smartproxy.memory.types import (
     DeviceBytes,
     Estimate,
     EstimateOptions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from smartproxy.config.server_args import read_args
-from smartproxy.need_types import FlashAttention
+from smartproxy.memory.types import FlashAttention
 
 
 def test_settings_that_the_estimate_follows_are_taken_out() -> None:

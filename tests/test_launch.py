@@ -12,7 +12,7 @@ from smartproxy.config.settings import Settings
 from smartproxy.llama.binary import Binary
 from smartproxy.llama.command import command, environment
 from smartproxy.manager.served import loaded_of, options_key, settings_key
-from smartproxy.need_types import Estimate, Layout
+from smartproxy.memory.types import Estimate, Layout
 from smartproxy.plan_types import GpuShare, Placement
 from smartproxy.state import prepare
 from smartproxy.state.store import Store

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartproxy.manager.learning import (
+from smartproxy.memory.correct import (
     ROUNDING_BYTES,
     Lesson,
     Vector,
@@ -17,7 +17,7 @@ from smartproxy.manager.learning import (
     learn,
     overridden,
 )
-from smartproxy.need_types import DeviceBytes, Estimate, Layout
+from smartproxy.memory.types import DeviceBytes, Estimate, Layout
 from smartproxy.types import MIB
 
 TWO = (1.0, 1.0)

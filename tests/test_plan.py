@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from smartproxy.manager.plan import explain, plan
-from smartproxy.need_types import DeviceBytes, Estimate, Layout
+from smartproxy.memory.types import DeviceBytes, Estimate, Layout
 from smartproxy.plan_types import Decision, Hold, Strategy
 from smartproxy.types import GIB, ServerState
 from tests import worlds

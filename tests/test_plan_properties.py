@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from smartproxy.manager.plan import explain, plan
-from smartproxy.need_types import Layout
+from smartproxy.memory.types import Layout
 from smartproxy.plan_types import (
     Decision,
     Hold,

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from hypothesis import strategies as st
 
-from smartproxy.need_types import DeviceBytes, Estimate, Layout, Need
+from smartproxy.memory.types import DeviceBytes, Estimate, Layout, Need
 from smartproxy.plan_types import (
     Hold,
     PlacePolicy,

@@ -16,10 +16,10 @@ import click
 
 from smartproxy.commands import estimate_views
 from smartproxy.errors import MetadataError
-from smartproxy.manager.estimate import DEFAULT_OVERHEAD_BYTES, clamped_context, estimate
-from smartproxy.manager.kv_cache import CACHE_TYPES, is_quantized
 from smartproxy.manager.metadata import read_metadata
-from smartproxy.need_types import (
+from smartproxy.memory.estimate import DEFAULT_OVERHEAD_BYTES, clamped_context, estimate
+from smartproxy.memory.kv_cache import CACHE_TYPES, is_quantized
+from smartproxy.memory.types import (
     DeviceBytes,
     Estimate,
     EstimateOptions,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from smartproxy.need_types import DeviceBytes, Estimate, ModelMetadata
+from smartproxy.memory.types import DeviceBytes, Estimate, ModelMetadata
 from smartproxy.types import GIB, MIB
 
 BAR_WIDTH = 50

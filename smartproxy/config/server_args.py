@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from smartproxy.manager.kv_cache import CACHE_TYPES
-from smartproxy.need_types import FlashAttention
+from smartproxy.memory.kv_cache import CACHE_TYPES
+from smartproxy.memory.types import FlashAttention
 
 #: drafted tokens per step: the most that any build drafts by default (older ones 16, b10068 3)
 DEFAULT_DRAFT_TOKENS = 16

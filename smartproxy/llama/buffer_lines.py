@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from smartproxy.need_types import DeviceBytes
+from smartproxy.memory.types import DeviceBytes
 from smartproxy.types import MIB
 
 #: the name under which everything that is not a device's is summed

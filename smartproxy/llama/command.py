@@ -14,8 +14,8 @@ from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.config.server_args import ExtraArgs, read_args
 from smartproxy.lifetime import OWNER_VARIABLE
 from smartproxy.llama.binary import Binary, child_environment
-from smartproxy.manager.estimate import Loaded
-from smartproxy.need_types import EstimateOptions
+from smartproxy.memory.estimate import Loaded
+from smartproxy.memory.types import EstimateOptions
 from smartproxy.plan_types import Placement
 
 

@@ -13,7 +13,7 @@ from smartproxy.manager import needs, shapes, shortage
 from smartproxy.manager.context import Manager
 from smartproxy.manager.ledger import overhead_bytes
 from smartproxy.manager.plan import explain
-from smartproxy.need_types import DeviceBytes, Estimate, Layout
+from smartproxy.memory.types import DeviceBytes, Estimate, Layout
 from smartproxy.plan_types import CandidateGpu, Evict, Explanation, Placement, Snapshot, WaitingLoad
 from smartproxy.state import demand
 from smartproxy.state.demand import Demand

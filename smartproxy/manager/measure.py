@@ -22,10 +22,10 @@ from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.llama.buffer_lines import HOST, measured_buffers
 from smartproxy.manager import needs
 from smartproxy.manager.context import Manager
-from smartproxy.manager.estimate import Loaded, predictor
-from smartproxy.manager.learning import ROUNDING_BYTES, Vector, buffers_of
 from smartproxy.manager.lessons import overheads
 from smartproxy.manager.served import file_key, options_key, settings_key
+from smartproxy.memory.correct import ROUNDING_BYTES, Vector, buffers_of
+from smartproxy.memory.estimate import Loaded, predictor
 from smartproxy.plan_types import Placement
 from smartproxy.state import fleet, measured
 from smartproxy.state.measured import Taken

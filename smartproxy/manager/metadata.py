@@ -19,7 +19,7 @@ from smartproxy.errors import MetadataError
 from smartproxy.manager import architectures, model_keys
 from smartproxy.manager.gguf_header import BadHeader, Header, parse_header
 from smartproxy.manager.tensor_sums import TensorSums, sum_tensors
-from smartproxy.need_types import FileSpan, LayerTensors, ModelMetadata
+from smartproxy.memory.types import FileSpan, LayerTensors, ModelMetadata
 
 MAX_PARTS = 999
 #: what is left of a vocabulary's tokens, or merges, after the jump over most of them

@@ -11,10 +11,10 @@ from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed, MetadataError
 from smartproxy.manager import lessons
 from smartproxy.manager.context import Manager
-from smartproxy.manager.estimate import make_need
-from smartproxy.manager.learning import at_least, corrected, overridden
 from smartproxy.manager.served import loaded_of, metadata_of
-from smartproxy.need_types import Layout, ModelMetadata, Need
+from smartproxy.memory.correct import at_least, corrected, overridden
+from smartproxy.memory.estimate import make_need
+from smartproxy.memory.types import Layout, ModelMetadata, Need
 from smartproxy.plan_types import PlacePolicy
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from smartproxy.manager.ledger import default_overhead_bytes as default_overhead_bytes
 from smartproxy.manager.sizes import Shape, Sizes, split
-from smartproxy.need_types import Estimate
+from smartproxy.memory.types import Estimate
 from smartproxy.plan_types import PlacePolicy, PlanSettings, Strategy
 from smartproxy.types import Gpu
 

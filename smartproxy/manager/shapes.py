@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from smartproxy.manager.place import Fit, Wish, find, fit_on
 from smartproxy.manager.sizes import Shape
-from smartproxy.need_types import Need
+from smartproxy.memory.types import Need
 from smartproxy.plan_types import PlacePolicy
 
 #: llama.cpp pads a context to this many tokens (src/llama-context.cpp, b11434)

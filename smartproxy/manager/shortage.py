@@ -19,7 +19,7 @@ from smartproxy.llama.out_of_memory import asked_bytes
 from smartproxy.manager import lingering, needs
 from smartproxy.manager.context import Manager, Shortage
 from smartproxy.manager.reasons import gb
-from smartproxy.need_types import Estimate, Layout, Need
+from smartproxy.memory.types import Estimate, Layout, Need
 from smartproxy.state import fleet
 from smartproxy.state.store import Row
 from smartproxy.types import MIB, ServerState

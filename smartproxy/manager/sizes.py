@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from smartproxy.need_types import DeviceBytes, Estimate, Layout, Need
+from smartproxy.memory.types import DeviceBytes, Estimate, Layout, Need
 
 #: bisection steps for the balance of a split: finer than one layer of the deepest models
 _BALANCE_STEPS = 10

@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from smartproxy.manager.architectures import ENCODERS, is_input_tensor
 from smartproxy.manager.gguf_header import BadHeader, Header, TensorInfo
-from smartproxy.need_types import FileSpan, LayerTensors
+from smartproxy.memory.types import FileSpan, LayerTensors
 
 #: type number -> (weights per block, bytes per block)
 BLOCKS = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}

@@ -22,9 +22,9 @@ from smartproxy.llama.binary import Binary, child_environment
 from smartproxy.llama.command import device_flags, memory_flags
 from smartproxy.manager import measure, needs
 from smartproxy.manager.context import Manager
-from smartproxy.manager.estimate import Loaded, make_need
 from smartproxy.manager.served import file_key, loaded_of, options_key, settings_key
-from smartproxy.need_types import Layout
+from smartproxy.memory.estimate import Loaded, make_need
+from smartproxy.memory.types import Layout
 from smartproxy.plan_types import GpuShare, Placement
 from smartproxy.state import measured
 from smartproxy.types import GIB, MIB, Gpu

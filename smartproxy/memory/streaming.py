@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from smartproxy.manager.compute_buffer import attention_bytes, device_bytes, mask_bytes
-from smartproxy.manager.laid_out import LaidOut
-from smartproxy.manager.layer_split import HOST
-from smartproxy.need_types import LayerTensors
+from smartproxy.memory.compute_buffer import attention_bytes, device_bytes, mask_bytes
+from smartproxy.memory.layer_split import HOST
+from smartproxy.memory.layout import LaidOut
+from smartproxy.memory.types import LayerTensors
 
 #: the largest expert tensor and what its copying takes beside it, measured: 0.84 to 1.03
 _EXPERT_FACTOR = 1.15

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from smartproxy.errors import UnknownCacheType
-from smartproxy.need_types import EstimateOptions, ModelMetadata
+from smartproxy.memory.types import EstimateOptions, ModelMetadata
 
 #: cache type -> (elements per block, bytes per block)
 CACHE_TYPES: Mapping[str, tuple[int, int]] = {

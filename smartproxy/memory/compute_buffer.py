@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from smartproxy.manager.kv_cache import CacheShape
-from smartproxy.need_types import ModelMetadata
+from smartproxy.memory.kv_cache import CacheShape
+from smartproxy.memory.types import ModelMetadata
 from smartproxy.types import MIB
 
 #: head sizes for which CUDA has a flash attention kernel (fattn.cu, get_best_kernel)

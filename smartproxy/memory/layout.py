@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from smartproxy.manager.compute_buffer import Graph, has_flash_kernel
-from smartproxy.manager.kv_cache import (
+from smartproxy.memory.compute_buffer import Graph, has_flash_kernel
+from smartproxy.memory.kv_cache import (
     CacheShape,
     LayerCache,
     cache_shape,
@@ -14,8 +14,8 @@ from smartproxy.manager.kv_cache import (
     is_quantized,
     layer_caches,
 )
-from smartproxy.manager.layer_split import HOST, layer_devices
-from smartproxy.need_types import EstimateOptions, FlashAttention, Layout, ModelMetadata
+from smartproxy.memory.layer_split import HOST, layer_devices
+from smartproxy.memory.types import EstimateOptions, FlashAttention, Layout, ModelMetadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

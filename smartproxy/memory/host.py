@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from smartproxy.manager.compute_buffer import device_bytes, mask_bytes, state_space_bytes
-from smartproxy.manager.laid_out import LaidOut
-from smartproxy.manager.layer_split import HOST
-from smartproxy.need_types import DeviceBytes, FileSpan, LayerTensors
+from smartproxy.memory.compute_buffer import device_bytes, mask_bytes, state_space_bytes
+from smartproxy.memory.layer_split import HOST
+from smartproxy.memory.layout import LaidOut
+from smartproxy.memory.types import DeviceBytes, FileSpan, LayerTensors
 
 _F32 = 4
 _PIPELINE_COPIES = 4

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
-from smartproxy.manager.compute_buffer import device_bytes, mask_bytes
-from smartproxy.manager.host_memory import host_bytes
-from smartproxy.manager.laid_out import (
+from smartproxy.memory.compute_buffer import device_bytes, mask_bytes
+from smartproxy.memory.host import host_bytes
+from smartproxy.memory.layer_split import HOST
+from smartproxy.memory.layout import (
     InContext,
     LaidOut,
     clamped_context,
@@ -24,9 +25,8 @@ from smartproxy.manager.laid_out import (
     resolved_flash_attn,
     with_flash_attn_resolved,
 )
-from smartproxy.manager.layer_split import HOST
-from smartproxy.manager.streaming import streaming_bytes
-from smartproxy.need_types import (
+from smartproxy.memory.streaming import streaming_bytes
+from smartproxy.memory.types import (
     DeviceBytes,
     Estimate,
     EstimateOptions,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from smartproxy.need_types import DeviceBytes, Estimate, Layout
+from smartproxy.memory.types import DeviceBytes, Estimate, Layout
 from smartproxy.types import MIB
 
 #: the log rounds each of a device's buffers to 0.01 MiB
