@@ -13,9 +13,9 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 from smartproxy.manager.ledger import default_overhead_bytes
-from smartproxy.manager.metadata import read_metadata
 from smartproxy.memory.estimate import Loaded, make_need
 from smartproxy.memory.types import EstimateOptions, Layout, ModelMetadata
+from smartproxy.model_file.metadata import read_metadata
 from smartproxy.plan_types import (
     Hold,
     PlacePolicy,

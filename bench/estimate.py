@@ -19,10 +19,10 @@ import click
 from tabulate import tabulate
 
 from bench import estimate_xllamacpp as xllamacpp
-from smartproxy.manager.metadata import from_json, read_metadata, to_json
 from smartproxy.memory.estimate import estimate
 from smartproxy.memory.kv_cache import cache_type
 from smartproxy.memory.types import EstimateOptions, Layout, ModelMetadata
+from smartproxy.model_file.metadata import from_json, read_metadata, to_json
 from smartproxy.types import MIB
 from tests import gguf_files, gguf_models
 from tests.measured_cases import Case, all_cases, metadata_of, scratch_folder

@@ -12,9 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-from smartproxy.manager.metadata import read_metadata
 from smartproxy.memory.estimate import estimate
 from smartproxy.memory.types import Estimate, EstimateOptions, FlashAttention, Layout, ModelMetadata
+from smartproxy.model_file.metadata import read_metadata
 from smartproxy.types import MIB
 from tests import gguf_files, gguf_models
 

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartproxy.errors import UnknownCacheType
-from smartproxy.manager.metadata import read_metadata
 from smartproxy.memory.estimate import (
     Loaded,
     clamped_context,
@@ -27,6 +26,7 @@ from smartproxy.memory.types import (
     Layout,
     ModelMetadata,
 )
+from smartproxy.model_file.metadata import read_metadata
 from tests import gguf_files, gguf_models, gguf_shapes
 from tests.measured_cases import Case, all_cases, metadata_of, to_mib
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from smartproxy.llama.buffer_lines import HOST, measured_buffers
-from smartproxy.manager.metadata import read_metadata
 from smartproxy.memory.estimate import Loaded, estimate, predictor
 from smartproxy.memory.projector import read_projector
 from smartproxy.memory.types import DeviceBytes, EstimateOptions, FlashAttention, Layout
+from smartproxy.model_file.metadata import read_metadata
 from smartproxy.types import MIB
 from tests import gguf_files, gguf_projectors, gguf_shapes
 from tests.measured_cases import REAL_MODEL, to_mib

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartproxy.errors import MetadataError
-from smartproxy.manager import gguf_header, metadata
-from smartproxy.manager.gguf_header import Counted, parse_header
-from smartproxy.manager.metadata import is_projector, read_metadata
+from smartproxy.model_file import header as gguf_header
+from smartproxy.model_file import metadata
+from smartproxy.model_file.header import Counted, parse_header
+from smartproxy.model_file.metadata import is_projector, read_metadata
 from tests import gguf_files, gguf_models, gguf_shapes
 from tests.gguf_files import Tensor, header, key_value, string, tensor_info
 from tests.measured_cases import REAL_MODEL

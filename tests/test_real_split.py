@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from smartproxy.llama.buffer_lines import measured_buffers
-from smartproxy.manager.metadata import read_metadata
 from smartproxy.memory.estimate import estimate
 from smartproxy.memory.types import DeviceBytes, EstimateOptions, FlashAttention, Layout
+from smartproxy.model_file.metadata import read_metadata
 from smartproxy.types import MIB
 from tests.gpu_running import Card, gpu_machine, plan, started, world_of
 from tests.running import REAL_MODEL

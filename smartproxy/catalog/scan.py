@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smartproxy.config.values import check_model_name
-from smartproxy.gguf_kind import GgufKind, gguf_kind
+from smartproxy.model_file.kind import GgufKind, gguf_kind
 
 #: llama.cpp's names of the files of one model: llama_split_path in src/llama.cpp
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)

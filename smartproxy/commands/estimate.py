@@ -16,7 +16,6 @@ import click
 
 from smartproxy.commands import estimate_views
 from smartproxy.errors import MetadataError
-from smartproxy.manager.metadata import read_metadata
 from smartproxy.memory.estimate import DEFAULT_OVERHEAD_BYTES, clamped_context, estimate
 from smartproxy.memory.kv_cache import CACHE_TYPES, is_quantized
 from smartproxy.memory.types import (
@@ -27,6 +26,7 @@ from smartproxy.memory.types import (
     Layout,
     ModelMetadata,
 )
+from smartproxy.model_file.metadata import read_metadata
 
 #: llama.cpp takes no more shares than this (llama_max_devices)
 MAX_DEVICES = 16

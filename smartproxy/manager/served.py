@@ -17,10 +17,10 @@ from pathlib import Path
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.config.server_args import ExtraArgs, read_args
 from smartproxy.errors import LoadFailed, MetadataError
-from smartproxy.manager import metadata as gguf_metadata
 from smartproxy.memory.estimate import Loaded, with_flash_attn_resolved
 from smartproxy.memory.projector import read_projector
 from smartproxy.memory.types import EstimateOptions, FlashAttention, Layout, ModelMetadata
+from smartproxy.model_file import metadata as gguf_metadata
 from smartproxy.state.store import Store
 
 logger = logging.getLogger(__name__)

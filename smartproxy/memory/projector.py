@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from smartproxy.manager.gguf_header import Header
-from smartproxy.manager.metadata import read_header
 from smartproxy.memory.compute_buffer import FLASH_HEAD_LENGTHS
+from smartproxy.model_file.header import Header
+from smartproxy.model_file.metadata import read_header
 
 _F32 = 4
 #: projectors that take pictures of any size are tried with 46 x 46 merged patches of 2 x 2

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from smartproxy.errors import MetadataError
-from smartproxy.manager import architectures, model_keys
-from smartproxy.manager.gguf_header import BadHeader, Header, parse_header
-from smartproxy.manager.tensor_sums import TensorSums, sum_tensors
 from smartproxy.memory.types import FileSpan, LayerTensors, ModelMetadata
+from smartproxy.model_file import architectures, keys
+from smartproxy.model_file.header import BadHeader, Header, parse_header
+from smartproxy.model_file.tensors import TensorSums, sum_tensors
 
 MAX_PARTS = 999
 #: what is left of a vocabulary's tokens, or merges, after the jump over most of them
@@ -114,12 +114,12 @@ def _other_parts(path: Path, header: Header) -> list[Path]:
 
 def _metadata(paths: list[Path], parts: list[tuple[Header, int]]) -> ModelMetadata:
     header = parts[0][0]
-    architecture = model_keys.architecture_of(header)
+    architecture = keys.architecture_of(header)
     _refuse_other_files(architecture)
-    layers, skipped = model_keys.layer_count(header), model_keys.prediction_layers(header)
+    layers, skipped = keys.layer_count(header), keys.prediction_layers(header)
     _check_tensor_count(parts)
     sums = sum_tensors(parts, architecture, layers, skipped)
-    facts = model_keys.facts(header)
+    facts = keys.facts(header)
     for needed in ("layer_count", "embedding_length"):
         if not facts[needed]:
             raise BadHeader(f"{needed.replace('_', ' ')} is missing: not a language model")

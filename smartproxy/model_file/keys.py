@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from smartproxy.manager import architectures
-from smartproxy.manager.gguf_header import BadHeader, Counted, Header
+from smartproxy.model_file import architectures
+from smartproxy.model_file.header import BadHeader, Counted, Header
 
 #: LLAMA_MAX_LAYERS
 MAX_LAYERS = 512
