@@ -12,11 +12,11 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-from smartproxy.manager.ledger import default_overhead_bytes
 from smartproxy.memory.estimate import Loaded, make_need
 from smartproxy.memory.types import EstimateOptions, Layout, ModelMetadata
 from smartproxy.model_file.metadata import read_metadata
-from smartproxy.plan_types import (
+from smartproxy.planner.ledger import default_overhead_bytes
+from smartproxy.planner.types import (
     Hold,
     PlacePolicy,
     PlanSettings,

@@ -24,8 +24,8 @@ from tabulate import tabulate
 
 from bench import crowded
 from bench.crowded import Listed, machine, waiting, with_loads
-from smartproxy.manager.plan import plan
-from smartproxy.plan_types import Decision, Snapshot
+from smartproxy.planner.plan import plan
+from smartproxy.planner.types import Decision, Snapshot
 from smartproxy.types import GIB
 
 SEED = 5

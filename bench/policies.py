@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from bench.simulator import Policy, load_s
 from bench.traces import Trace
-from smartproxy.manager import evict
-from smartproxy.manager.plan import plan
-from smartproxy.manager.work import Cost
-from smartproxy.plan_types import Decision, RunningServer, Snapshot
+from smartproxy.planner import victims
+from smartproxy.planner.booking import Cost
+from smartproxy.planner.plan import plan
+from smartproxy.planner.types import Decision, RunningServer, Snapshot
 from smartproxy.types import GIB, ServerState
 
 
@@ -132,7 +132,7 @@ def belady(trace: Trace) -> Policy:
 
 def _price(size: int) -> float:
     """Return evict.cost's part that does not depend on use."""
-    return (evict.SWAP_S + load_s(size)) / (size / GIB) ** evict.SIZE_EXPONENT
+    return (victims.SWAP_S + load_s(size)) / (size / GIB) ** victims.SIZE_EXPONENT
 
 
 def _arrivals(trace: Trace) -> dict[int, list[float]]:

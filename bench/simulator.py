@@ -14,9 +14,8 @@ from heapq import heappop, heappush
 from itertools import count
 
 from bench.traces import Request, Trace
-from smartproxy.manager.evict import HALF_LIFE_S
 from smartproxy.memory.types import Need
-from smartproxy.plan_types import (
+from smartproxy.planner.types import (
     Decision,
     Evict,
     Hold,
@@ -27,6 +26,7 @@ from smartproxy.plan_types import (
     Start,
     WaitingLoad,
 )
+from smartproxy.planner.victims import HALF_LIFE_S
 from smartproxy.types import GIB, Gpu, ServerState
 from tests.worlds import OVERHEAD_BYTES, sketch_of
 

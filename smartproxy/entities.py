@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, computed_field, field_validator
 
-from smartproxy.plan_types import Strategy
+from smartproxy.planner.types import Strategy
 from smartproxy.types import GIB, Gpu, GpuState, ServerState
 
 GpuId = Annotated[int, Field(ge=0)]

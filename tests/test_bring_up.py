@@ -18,7 +18,7 @@ from smartproxy.manager import act, snapshot
 from smartproxy.manager import use as recent_use
 from smartproxy.manager.bring_down import take_down
 from smartproxy.manager.context import Manager
-from smartproxy.manager.plan import plan
+from smartproxy.planner.plan import plan
 from smartproxy.state import demand, fleet, prepare
 from smartproxy.types import GpuSnapshot, ServerState
 from tests.running import Proxy, fake_model, wait_until

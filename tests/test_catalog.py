@@ -13,7 +13,7 @@ import pytest
 from smartproxy.catalog.catalog import Catalog, build_catalog
 from smartproxy.config.load import load_settings
 from smartproxy.errors import ConfigError, ModelNotFound
-from smartproxy.plan_types import Strategy
+from smartproxy.planner.types import Strategy
 from smartproxy.types import GIB
 
 

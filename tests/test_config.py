@@ -23,7 +23,7 @@ from smartproxy.config.load import (
     schema_text,
 )
 from smartproxy.errors import ConfigError
-from smartproxy.plan_types import Strategy
+from smartproxy.planner.types import Strategy
 
 REPOSITORY = Path(__file__).parent.parent
 #: SPEC 3, as it stands there

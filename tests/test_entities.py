@@ -19,7 +19,7 @@ from smartproxy.entities import (
     pool_status,
     status_of,
 )
-from smartproxy.plan_types import Strategy
+from smartproxy.planner.types import Strategy
 from smartproxy.types import GIB, Gpu, GpuProcess, GpuState, ServerState
 
 VALID: dict[type[BaseModel], dict[str, Any]] = {

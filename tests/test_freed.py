@@ -13,7 +13,6 @@ from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config.settings import Settings
 from smartproxy.llama.binary import Binary
 from smartproxy.manager.context import Manager
-from smartproxy.manager.ledger import open_ledger
 from smartproxy.manager.lingering import (
     PATIENCE_S,
     note_end,
@@ -22,7 +21,8 @@ from smartproxy.manager.lingering import (
     visible_bytes,
 )
 from smartproxy.manager.use import RecentUse
-from smartproxy.plan_types import GpuShare, RunningServer
+from smartproxy.planner.ledger import open_ledger
+from smartproxy.planner.types import GpuShare, RunningServer
 from smartproxy.state import fleet
 from smartproxy.state.prepare import create
 from smartproxy.types import GIB, GpuProcess, GpuSnapshot, ServerState

@@ -13,7 +13,7 @@ from smartproxy.llama.binary import Binary
 from smartproxy.llama.command import command, environment
 from smartproxy.manager.served import loaded_of, options_key, settings_key
 from smartproxy.memory.types import Estimate, Layout
-from smartproxy.plan_types import GpuShare, Placement
+from smartproxy.planner.types import GpuShare, Placement
 from smartproxy.state import prepare
 from smartproxy.state.store import Store
 from tests import gguf_files, gguf_shapes

@@ -12,7 +12,7 @@ import pytest
 from smartproxy.config.legacy import translate
 from smartproxy.config.load import Settings, load_settings
 from smartproxy.errors import ConfigError
-from smartproxy.plan_types import Strategy
+from smartproxy.planner.types import Strategy
 
 #: every section the previous generation had, with the values it was shipped with
 PREVIOUS_GENERATION: dict[str, Any] = {

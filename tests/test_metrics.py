@@ -9,7 +9,7 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from smartproxy.plan_types import GpuShare
+from smartproxy.planner.types import GpuShare
 from smartproxy.proxy import metrics
 from smartproxy.proxy.counting import RequestCounts
 from smartproxy.state import counts, demand, fleet

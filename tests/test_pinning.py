@@ -7,7 +7,7 @@ import pytest
 from smartproxy.errors import LoadFailed
 from smartproxy.llama.binary import Device
 from smartproxy.llama.devices import device_names
-from smartproxy.plan_types import GpuShare
+from smartproxy.planner.types import GpuShare
 from smartproxy.types import GIB, Gpu
 from tests.worlds import gpu
 

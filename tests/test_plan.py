@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from smartproxy.manager.plan import explain, plan
 from smartproxy.memory.types import DeviceBytes, Estimate, Layout
-from smartproxy.plan_types import Decision, Hold, Strategy
+from smartproxy.planner.plan import explain, plan
+from smartproxy.planner.types import Decision, Hold, Strategy
 from smartproxy.types import GIB, ServerState
 from tests import worlds
 from tests.worlds import NOW, gpu, load, server, snapshot

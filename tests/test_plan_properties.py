@@ -12,9 +12,9 @@ from itertools import combinations
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from smartproxy.manager.plan import explain, plan
 from smartproxy.memory.types import Layout
-from smartproxy.plan_types import (
+from smartproxy.planner.plan import explain, plan
+from smartproxy.planner.types import (
     Decision,
     Hold,
     Placement,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smartproxy.manager import use as recent_use
-from smartproxy.manager.evict import HALF_LIFE_S
+from smartproxy.planner.victims import HALF_LIFE_S
 from smartproxy.state import counts
 from smartproxy.state.prepare import create
 from smartproxy.state.store import Store

@@ -16,7 +16,7 @@ from itertools import accumulate
 from hypothesis import strategies as st
 
 from smartproxy.memory.types import DeviceBytes, Estimate, Layout, Need
-from smartproxy.plan_types import (
+from smartproxy.planner.types import (
     Hold,
     PlacePolicy,
     PlanSettings,

@@ -17,7 +17,7 @@ from typing import TypeVar
 from smartproxy.catalog.scan import FoundModel, files_problem, find_variant, parts_of, scan
 from smartproxy.config.settings import ModelSettings, Settings
 from smartproxy.errors import ConfigError, ModelNotFound
-from smartproxy.plan_types import Strategy
+from smartproxy.planner.types import Strategy
 from smartproxy.types import GIB
 
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from smartproxy.config.values import (
     SecondsOrZero,
     Text,
 )
-from smartproxy.plan_types import Strategy
+from smartproxy.planner.types import Strategy
 
 
 class _Section(BaseModel):

@@ -16,7 +16,7 @@ from smartproxy.lifetime import OWNER_VARIABLE
 from smartproxy.llama.binary import Binary, child_environment
 from smartproxy.memory.estimate import Loaded
 from smartproxy.memory.types import EstimateOptions
-from smartproxy.plan_types import Placement
+from smartproxy.planner.types import Placement
 
 
 def command(

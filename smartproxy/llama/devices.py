@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from smartproxy.errors import LoadFailed
 from smartproxy.llama.binary import Device
-from smartproxy.plan_types import GpuShare
+from smartproxy.planner.types import GpuShare
 from smartproxy.types import Gpu
 
 #: Vulkan's largest heap against NVML's total; drivers keep some back

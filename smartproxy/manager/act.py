@@ -20,7 +20,7 @@ from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import argv_of, bring_up, free_port
 from smartproxy.manager.context import Manager
 from smartproxy.manager.served import loaded_of, options_key, settings_key
-from smartproxy.plan_types import Decision, Evict, Start
+from smartproxy.planner.types import Decision, Evict, Start
 from smartproxy.state import counts, demand, fleet
 from smartproxy.state.demand import Demand
 from smartproxy.types import ServerState

@@ -9,12 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 from smartproxy.errors import SmartProxyError
-from smartproxy.manager import needs, shapes, shortage
+from smartproxy.manager import needs, shortage
 from smartproxy.manager.context import Manager
-from smartproxy.manager.ledger import overhead_bytes
-from smartproxy.manager.plan import explain
 from smartproxy.memory.types import DeviceBytes, Estimate, Layout
-from smartproxy.plan_types import CandidateGpu, Evict, Explanation, Placement, Snapshot, WaitingLoad
+from smartproxy.planner import shapes
+from smartproxy.planner.ledger import overhead_bytes
+from smartproxy.planner.plan import explain
+from smartproxy.planner.types import (
+    CandidateGpu,
+    Evict,
+    Explanation,
+    Placement,
+    Snapshot,
+    WaitingLoad,
+)
 from smartproxy.state import demand
 from smartproxy.state.demand import Demand
 from smartproxy.types import GIB

@@ -24,10 +24,10 @@ from smartproxy.llama.out_of_memory import Lacking
 from smartproxy.llama.process import Child
 from smartproxy.manager import lingering, measure, shortage
 from smartproxy.manager.context import Manager
-from smartproxy.manager.reasons import gb
 from smartproxy.manager.served import loaded_of
 from smartproxy.manager.shortage import OutOfGpuMemory
-from smartproxy.plan_types import Placement
+from smartproxy.planner.reasons import gb
+from smartproxy.planner.types import Placement
 from smartproxy.state import fleet
 from smartproxy.state.store import Row
 from smartproxy.types import ServerState

@@ -14,7 +14,7 @@ from smartproxy.config.settings import Settings
 from smartproxy.llama.binary import Binary
 from smartproxy.llama.process import Child
 from smartproxy.manager.use import RecentUse
-from smartproxy.plan_types import RunningServer
+from smartproxy.planner.types import RunningServer
 from smartproxy.state.store import Store
 from smartproxy.types import GpuSnapshot
 

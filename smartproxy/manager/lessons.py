@@ -11,11 +11,11 @@ from typing import Any
 
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.manager.context import Manager
-from smartproxy.manager.ledger import default_overhead_bytes
 from smartproxy.manager.served import file_key, options_key
 from smartproxy.memory.correct import Learned, Lesson, learn
 from smartproxy.memory.estimate import Loaded
 from smartproxy.memory.types import Layout
+from smartproxy.planner.ledger import default_overhead_bytes
 from smartproxy.state import measured
 from smartproxy.state.store import Row
 

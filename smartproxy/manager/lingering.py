@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from smartproxy.manager.context import Ended, Manager
-from smartproxy.plan_types import Hold, RunningServer
+from smartproxy.planner.types import Hold, RunningServer
 from smartproxy.state import fleet
 from smartproxy.state.store import Row
 from smartproxy.types import MIB, Gpu, GpuSnapshot, ServerState

@@ -26,7 +26,7 @@ from smartproxy.manager.lessons import overheads
 from smartproxy.manager.served import file_key, options_key, settings_key
 from smartproxy.memory.correct import ROUNDING_BYTES, Vector, buffers_of
 from smartproxy.memory.estimate import Loaded, predictor
-from smartproxy.plan_types import Placement
+from smartproxy.planner.types import Placement
 from smartproxy.state import fleet, measured
 from smartproxy.state.measured import Taken
 from smartproxy.state.store import Row

@@ -15,7 +15,7 @@ from smartproxy.manager.served import loaded_of, metadata_of
 from smartproxy.memory.correct import at_least, corrected, overridden
 from smartproxy.memory.estimate import make_need
 from smartproxy.memory.types import Layout, ModelMetadata, Need
-from smartproxy.plan_types import PlacePolicy
+from smartproxy.planner.types import PlacePolicy
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from smartproxy.errors import LoadFailed
 from smartproxy.llama.out_of_memory import asked_bytes
 from smartproxy.manager import lingering, needs
 from smartproxy.manager.context import Manager, Shortage
-from smartproxy.manager.reasons import gb
 from smartproxy.memory.types import Estimate, Layout, Need
+from smartproxy.planner.reasons import gb
 from smartproxy.state import fleet
 from smartproxy.state.store import Row
 from smartproxy.types import MIB, ServerState

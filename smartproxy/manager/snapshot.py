@@ -10,7 +10,7 @@ from smartproxy.errors import SmartProxyError
 from smartproxy.manager import lessons, lingering, needs, shortage
 from smartproxy.manager import use as recent_use
 from smartproxy.manager.context import Manager
-from smartproxy.plan_types import Hold, PlanSettings, RunningServer, Snapshot, WaitingLoad
+from smartproxy.planner.types import Hold, PlanSettings, RunningServer, Snapshot, WaitingLoad
 from smartproxy.state import demand, fleet
 from smartproxy.state.demand import Demand
 from smartproxy.state.store import Row

@@ -13,8 +13,8 @@ from smartproxy.manager.answer_plans import answer_plans
 from smartproxy.manager.answers import answer_settled
 from smartproxy.manager.context import Manager
 from smartproxy.manager.failed_gpus import leave_failed_gpus
-from smartproxy.manager.plan import plan
 from smartproxy.manager.snapshot import idle_too_long, snapshot
+from smartproxy.planner.plan import plan
 from smartproxy.state import demand
 
 

@@ -25,7 +25,7 @@ from smartproxy.manager.context import Manager
 from smartproxy.manager.served import file_key, loaded_of, options_key, settings_key
 from smartproxy.memory.estimate import Loaded, make_need
 from smartproxy.memory.types import Layout
-from smartproxy.plan_types import GpuShare, Placement
+from smartproxy.planner.types import GpuShare, Placement
 from smartproxy.state import measured
 from smartproxy.types import GIB, MIB, Gpu
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from smartproxy.manager.evict import HALF_LIFE_S
+from smartproxy.planner.victims import HALF_LIFE_S
 from smartproxy.state import counts
 from smartproxy.state.counts import Use
 from smartproxy.state.store import Store

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smartproxy.errors import StateConflict
-from smartproxy.plan_types import GpuShare
+from smartproxy.planner.types import GpuShare
 from smartproxy.state import gpus
 from smartproxy.state.events import add_event
 from smartproxy.state.store import Row, Store

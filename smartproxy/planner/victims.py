@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import islice
 
-from smartproxy.manager.place import Wish, find, several_allowed
-from smartproxy.plan_types import RunningServer, Strategy
+from smartproxy.planner.place import Wish, find, several_allowed
+from smartproxy.planner.types import RunningServer, Strategy
 from smartproxy.types import GIB
 
 #: seconds in which recent_requests and recent_tokens fall to half; who fills them must use it

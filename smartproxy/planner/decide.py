@@ -8,12 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from smartproxy.manager import reasons, shapes
-from smartproxy.manager.ledger import LEAVING, overhead_bytes
-from smartproxy.manager.make_room import make_room
-from smartproxy.manager.place import Wish, capacities, find, most_gpus, sites_for, splittable
-from smartproxy.manager.sizes import Sizes
-from smartproxy.manager.work import (
+from smartproxy.planner import reasons, shapes
+from smartproxy.planner.booking import (
     Verdict,
     Work,
     await_coming,
@@ -22,7 +18,11 @@ from smartproxy.manager.work import (
     wait,
     wish_of,
 )
-from smartproxy.plan_types import Placement, Refuse, WaitingLoad
+from smartproxy.planner.ledger import LEAVING, overhead_bytes
+from smartproxy.planner.make_room import make_room
+from smartproxy.planner.place import Wish, capacities, find, most_gpus, sites_for, splittable
+from smartproxy.planner.sizes import Sizes
+from smartproxy.planner.types import Placement, Refuse, WaitingLoad
 
 
 def decide(work: Work, load: WaitingLoad) -> Verdict:

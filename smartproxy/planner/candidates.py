@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from smartproxy.manager.place import Site, Wish
-from smartproxy.manager.reasons import gb
-from smartproxy.manager.work import Work
-from smartproxy.plan_types import CandidateGpu
+from smartproxy.planner.booking import Work
+from smartproxy.planner.place import Site, Wish
+from smartproxy.planner.reasons import gb
+from smartproxy.planner.types import CandidateGpu
 from smartproxy.types import Gpu
 
 

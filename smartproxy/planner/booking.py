@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from smartproxy.manager import evict, reasons, shapes
-from smartproxy.manager.ledger import LEAVING, Ledger, open_ledger
-from smartproxy.manager.place import Fit, Wish, sites_for
-from smartproxy.manager.sizes import Sizes
-from smartproxy.plan_types import (
+from smartproxy.planner import reasons, shapes, victims
+from smartproxy.planner.ledger import LEAVING, Ledger, open_ledger
+from smartproxy.planner.place import Fit, Wish, sites_for
+from smartproxy.planner.sizes import Sizes
+from smartproxy.planner.types import (
     Evict,
     GpuShare,
     Placement,
@@ -49,7 +49,7 @@ class Verdict:
     placement: Placement | None = None
 
 
-def open_work(snapshot: Snapshot, cost: Cost = evict.cost) -> Work:
+def open_work(snapshot: Snapshot, cost: Cost = victims.cost) -> Work:
     """Return the state before anything is decided."""
     return Work(
         snapshot=snapshot,

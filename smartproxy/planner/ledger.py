@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from smartproxy.plan_types import Hold, RunningServer, Snapshot
+from smartproxy.planner.types import Hold, RunningServer, Snapshot
 from smartproxy.types import MIB, Gpu, ServerState
 
 #: on their way out: what they hold is memory that is coming

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from smartproxy.manager import reasons
-from smartproxy.manager.evict import Victim, cheapest
-from smartproxy.manager.ledger import LEAVING
-from smartproxy.manager.place import Wish, capacities
-from smartproxy.manager.shapes import find_grown
-from smartproxy.manager.work import Verdict, Work, is_idle, placement_of, resident_until, wait
-from smartproxy.plan_types import Evict, Placement, RunningServer, Wait, WaitingLoad
+from smartproxy.planner import reasons
+from smartproxy.planner.booking import Verdict, Work, is_idle, placement_of, resident_until, wait
+from smartproxy.planner.ledger import LEAVING
+from smartproxy.planner.place import Wish, capacities
+from smartproxy.planner.shapes import find_grown
+from smartproxy.planner.types import Evict, Placement, RunningServer, Wait, WaitingLoad
+from smartproxy.planner.victims import Victim, cheapest
 from smartproxy.types import ServerState
 
 #: seconds that a load waits for busy servers before they are drained for it (or min_residency,

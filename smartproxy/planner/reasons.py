@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from smartproxy.manager.place import Fit, Wish
-from smartproxy.plan_types import RunningServer
+from smartproxy.planner.place import Fit, Wish
+from smartproxy.planner.types import RunningServer
 from smartproxy.types import GIB, Gpu, ServerState
 
 

@@ -13,10 +13,8 @@ models that don't fit together take turns that are longer than their loads.
 
 from __future__ import annotations
 
-from smartproxy.manager import evict
-from smartproxy.manager.candidates import candidates
-from smartproxy.manager.decide import decide
-from smartproxy.manager.work import (
+from smartproxy.planner import victims
+from smartproxy.planner.booking import (
     Cost,
     Verdict,
     Work,
@@ -25,7 +23,9 @@ from smartproxy.manager.work import (
     resident_until,
     wish_of,
 )
-from smartproxy.plan_types import (
+from smartproxy.planner.candidates import candidates
+from smartproxy.planner.decide import decide
+from smartproxy.planner.types import (
     Decision,
     Evict,
     Explanation,
@@ -38,7 +38,7 @@ from smartproxy.plan_types import (
 from smartproxy.types import ServerState
 
 
-def plan(snapshot: Snapshot, *, cost: Cost = evict.cost) -> Decision:
+def plan(snapshot: Snapshot, *, cost: Cost = victims.cost) -> Decision:
     """Return what to do now: one of start, wait or refuse for each waiting load, and evictions."""
     work = open_work(snapshot, cost)
     verdicts = [decide(work, load) for load in snapshot.loads]
@@ -54,7 +54,7 @@ def plan(snapshot: Snapshot, *, cost: Cost = evict.cost) -> Decision:
 
 def explain(snapshot: Snapshot, load: WaitingLoad) -> Explanation:
     """Return what would happen to this load now, as the youngest unless it waits already."""
-    work = open_work(snapshot, evict.cost)
+    work = open_work(snapshot, victims.cost)
     for older in snapshot.loads:
         if older.model_id == load.model_id:
             load = older

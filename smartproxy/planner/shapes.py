@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from smartproxy.manager.place import Fit, Wish, find, fit_on
-from smartproxy.manager.sizes import Shape
 from smartproxy.memory.types import Need
-from smartproxy.plan_types import PlacePolicy
+from smartproxy.planner.place import Fit, Wish, find, fit_on
+from smartproxy.planner.sizes import Shape
+from smartproxy.planner.types import PlacePolicy
 
 #: llama.cpp pads a context to this many tokens (src/llama-context.cpp, b11434)
 CONTEXT_STEP = 256
