@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartproxy.proxy.bodies import (
+from smartproxy.proxy.wire.bodies import (
     LAST_CHUNK,
     Body,
     DecodedChunks,
@@ -18,7 +18,7 @@ from smartproxy.proxy.bodies import (
     body_for,
     chunk,
 )
-from smartproxy.proxy.http_wire import BadAnswer, Framing, parse_head
+from smartproxy.proxy.wire.heads import BadAnswer, Framing, parse_head
 
 PAYLOADS = st.lists(st.binary(min_size=1, max_size=40), max_size=8)
 CUTS = st.lists(st.integers(min_value=0, max_value=400), max_size=12)

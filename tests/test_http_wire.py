@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smartproxy.proxy.http_wire import (
+from smartproxy.proxy.wire.heads import (
     BadAnswer,
     Framing,
     client_head,

@@ -10,7 +10,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from smartproxy.proxy.http_wire import AnswerHead, Framing, target_bytes
+from smartproxy.proxy.wire.heads import AnswerHead, Framing, target_bytes
 
 #: how long a hold outlasts the hand-over: the server counts the request itself well before
 HOLD_S = 2.0

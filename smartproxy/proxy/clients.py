@@ -11,8 +11,8 @@ from http import HTTPStatus
 import orjson
 
 from smartproxy.errors import SmartProxyError, openai_body
-from smartproxy.proxy.bodies import LAST_CHUNK, chunk
-from smartproxy.proxy.http_wire import AnswerHead, Framing
+from smartproxy.proxy.wire.bodies import LAST_CHUNK, chunk
+from smartproxy.proxy.wire.heads import AnswerHead, Framing
 
 EVENT_STREAM_HEAD = AnswerHead(
     status=200,

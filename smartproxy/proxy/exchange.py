@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import orjson
 
 from smartproxy.errors import UpstreamTimeout
-from smartproxy.proxy.bodies import Body, body_for
-from smartproxy.proxy.channel import Channel
 from smartproxy.proxy.clients import Client
-from smartproxy.proxy.http_wire import (
+from smartproxy.proxy.wire.bodies import Body, body_for
+from smartproxy.proxy.wire.channel import Channel
+from smartproxy.proxy.wire.heads import (
     MAX_HEAD_BYTES,
     AnswerHead,
     BadAnswer,
@@ -27,7 +27,7 @@ from smartproxy.proxy.http_wire import (
     parse_head,
     request_bytes,
 )
-from smartproxy.proxy.poller import running_loop
+from smartproxy.proxy.wire.poller import running_loop
 
 #: up to this a body is joined to its head, which saves a system call; beyond, a copy
 JOIN_BYTES = 65536

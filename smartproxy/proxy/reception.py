@@ -11,8 +11,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from smartproxy.proxy.channel import Channel
-from smartproxy.proxy.poller import PollingLoop
+from smartproxy.proxy.wire.channel import Channel
+from smartproxy.proxy.wire.poller import PollingLoop
 
 HEAD_END = b"\r\n\r\n"
 MAX_HEAD_BYTES = 65536

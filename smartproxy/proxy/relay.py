@@ -22,7 +22,7 @@ from smartproxy.proxy import accel
 from smartproxy.proxy.accel import Way
 from smartproxy.proxy.clients import EVENT_STREAM_HEAD, Client
 from smartproxy.proxy.exchange import ClientStalled, Exchange, Job, ServerDied
-from smartproxy.proxy.poller import PollingLoop
+from smartproxy.proxy.wire.poller import PollingLoop
 from smartproxy.proxy.wsgi_client import WsgiClient
 
 __all__ = [

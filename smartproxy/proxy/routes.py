@@ -28,8 +28,8 @@ from smartproxy.proxy import auth
 from smartproxy.proxy.counting import RequestCounts
 from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.express import Express, PlainRequest
-from smartproxy.proxy.http_wire import header_bytes
 from smartproxy.proxy.relay import Job, hand_over
+from smartproxy.proxy.wire.heads import header_bytes
 
 INFERENCE_PATHS = frozenset(
     {

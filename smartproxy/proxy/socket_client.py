@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from smartproxy.proxy.channel import HIGH_WATER_BYTES, Channel, close_gently
 from smartproxy.proxy.clients import Client
-from smartproxy.proxy.http_wire import AnswerHead, Framing, client_head
-from smartproxy.proxy.poller import PollingLoop
+from smartproxy.proxy.wire.channel import HIGH_WATER_BYTES, Channel, close_gently
+from smartproxy.proxy.wire.heads import AnswerHead, Framing, client_head
+from smartproxy.proxy.wire.poller import PollingLoop
 
 #: of a client's next request, read while it still gets this answer
 MAX_READ_AHEAD_BYTES = 65536

@@ -21,7 +21,6 @@ from gunicorn.http import get_parser
 from gunicorn.workers.gthread import TConn
 
 from smartproxy.proxy import accel, relay
-from smartproxy.proxy.channel import HIGH_WATER_BYTES, close_gently
 from smartproxy.proxy.express import MAX_BODY_BYTES as MAX_EXPRESS_BODY_BYTES
 from smartproxy.proxy.express import Express, plain_request
 from smartproxy.proxy.handling import HandlingWorker, RelayTicket
@@ -29,6 +28,7 @@ from smartproxy.proxy.neighbours import Neighbours
 from smartproxy.proxy.reception import Collected, Outbox, Reception
 from smartproxy.proxy.relay import Request
 from smartproxy.proxy.socket_client import SocketClient
+from smartproxy.proxy.wire.channel import HIGH_WATER_BYTES, close_gently
 
 #: before the end of graceful_timeout (when the master kills) open streams get their final event
 FAREWELL_S = 2.0

@@ -12,9 +12,9 @@ import concurrent.futures
 import queue
 from collections.abc import Iterator
 
-from smartproxy.proxy.channel import HIGH_WATER_BYTES, LOW_WATER_BYTES
 from smartproxy.proxy.clients import Client
-from smartproxy.proxy.http_wire import AnswerHead, end_to_end
+from smartproxy.proxy.wire.channel import HIGH_WATER_BYTES, LOW_WATER_BYTES
+from smartproxy.proxy.wire.heads import AnswerHead, end_to_end
 
 
 class WsgiClient(Client):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from enum import Enum, auto
 
-from smartproxy.proxy.http_wire import AnswerHead, BadAnswer, Framing
+from smartproxy.proxy.wire.heads import AnswerHead, BadAnswer, Framing
 
 #: a chunk of an event stream is passed on whole up to this size, so that an error event can follow
 MAX_HELD_BYTES = 65536

@@ -10,7 +10,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 
-from smartproxy.proxy.poller import READ, WRITE, PollingLoop
+from smartproxy.proxy.wire.poller import READ, WRITE, PollingLoop
 
 READ_BYTES = 65536
 #: above this the other side is not read any further, until LOW_WATER_BYTES are left
