@@ -59,7 +59,7 @@ def _listen_on(host: str, port: int) -> socket.socket:
 
 def _listen_at(path: Path) -> socket.socket:
     """Return a socket bound to a path, for its owner and group alone: who connects passes for nginx
-    (proxy/accel.py)."""
+    (proxy/relay/nginx.py)."""
     if not path.is_absolute():
         raise ConfigError(f"can't listen on {UNIX}{path}: the path must be absolute")
     _remove_stale(path)

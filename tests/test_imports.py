@@ -214,9 +214,9 @@ def test_module_imports_only_what_its_row_allows(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "said"),
     [
-        ("smartproxy.proxy.relay", "import subprocess", "may not import subprocess"),
-        ("smartproxy.proxy.relay", "from smartproxy.manager import tick", "may not import"),
-        ("smartproxy.proxy.relay", "import pynvml", "may not import pynvml"),
+        ("smartproxy.proxy.relay.relay", "import subprocess", "may not import subprocess"),
+        ("smartproxy.proxy.relay.relay", "from smartproxy.manager import tick", "may not import"),
+        ("smartproxy.proxy.relay.relay", "import pynvml", "may not import pynvml"),
         ("smartproxy.manager.tick", "import flask", "may not import flask"),
         ("smartproxy.manager.tick", "from smartproxy.proxy.app import x", "smartproxy.proxy.app"),
         ("smartproxy.manager.tick", "import pynvml", "may not import pynvml"),

@@ -14,7 +14,7 @@ import requests
 
 from smartproxy.errors import ConfigError
 from smartproxy.listen import close, listen
-from smartproxy.proxy.accel import HOLD_S
+from smartproxy.proxy.relay.nginx import HOLD_S
 from tests.nginxes import nginx
 from tests.running import Proxy, fake_model, running, wait_until
 from tests.wire import Wire

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from smartproxy.proxy.exchange import Job
-from smartproxy.proxy.relay import Broker
+from smartproxy.proxy.relay.relay import Broker
+from smartproxy.proxy.relay.upstream import Job
 
 #: where an application keeps its Express, among its `extensions`
 EXTENSION = "smartproxy.express"

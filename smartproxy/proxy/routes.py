@@ -28,7 +28,7 @@ from smartproxy.proxy import auth
 from smartproxy.proxy.counting import RequestCounts
 from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.express import Express, PlainRequest
-from smartproxy.proxy.relay import Job, hand_over
+from smartproxy.proxy.relay.relay import Job, hand_over
 from smartproxy.proxy.wire.heads import header_bytes
 
 INFERENCE_PATHS = frozenset(

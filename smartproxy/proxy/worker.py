@@ -20,14 +20,14 @@ from gunicorn.errors import ConfigError
 from gunicorn.http import get_parser
 from gunicorn.workers.gthread import TConn
 
-from smartproxy.proxy import accel, relay
 from smartproxy.proxy.express import MAX_BODY_BYTES as MAX_EXPRESS_BODY_BYTES
 from smartproxy.proxy.express import Express, plain_request
 from smartproxy.proxy.handling import HandlingWorker, RelayTicket
 from smartproxy.proxy.neighbours import Neighbours
 from smartproxy.proxy.reception import Collected, Outbox, Reception
-from smartproxy.proxy.relay import Request
-from smartproxy.proxy.socket_client import SocketClient
+from smartproxy.proxy.relay import nginx, relay
+from smartproxy.proxy.relay.relay import Request
+from smartproxy.proxy.relay.socket_client import SocketClient
 from smartproxy.proxy.wire.channel import HIGH_WATER_BYTES, close_gently
 
 #: before the end of graceful_timeout (when the master kills) open streams get their final event
@@ -213,7 +213,7 @@ class RelayWorker(HandlingWorker):
         if plain is None or job is None:
             return False
         reception.body = None
-        way = accel.way(
+        way = nginx.way(
             data_plane=plain.field(b"x-smartproxy-data-plane"),
             retry=plain.field(b"x-smartproxy-retry"),
             family=reception.conn.sock.family,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import orjson
 
 from smartproxy.errors import UpstreamTimeout
-from smartproxy.proxy.clients import Client
+from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.wire.bodies import Body, body_for
 from smartproxy.proxy.wire.channel import Channel
 from smartproxy.proxy.wire.heads import (

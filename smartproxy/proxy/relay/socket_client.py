@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from smartproxy.proxy.clients import Client
+from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.wire.channel import HIGH_WATER_BYTES, Channel, close_gently
 from smartproxy.proxy.wire.heads import AnswerHead, Framing, client_head
 from smartproxy.proxy.wire.poller import PollingLoop

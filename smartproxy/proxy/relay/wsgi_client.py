@@ -12,7 +12,7 @@ import concurrent.futures
 import queue
 from collections.abc import Iterator
 
-from smartproxy.proxy.clients import Client
+from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.wire.channel import HIGH_WATER_BYTES, LOW_WATER_BYTES
 from smartproxy.proxy.wire.heads import AnswerHead, end_to_end
 

@@ -18,12 +18,12 @@ from flask import Response
 from werkzeug.datastructures import Headers
 
 from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
-from smartproxy.proxy import accel
-from smartproxy.proxy.accel import Way
-from smartproxy.proxy.clients import EVENT_STREAM_HEAD, Client
-from smartproxy.proxy.exchange import ClientStalled, Exchange, Job, ServerDied
+from smartproxy.proxy.relay import nginx
+from smartproxy.proxy.relay.client import EVENT_STREAM_HEAD, Client
+from smartproxy.proxy.relay.nginx import Way
+from smartproxy.proxy.relay.upstream import ClientStalled, Exchange, Job, ServerDied
+from smartproxy.proxy.relay.wsgi_client import WsgiClient
 from smartproxy.proxy.wire.poller import PollingLoop
-from smartproxy.proxy.wsgi_client import WsgiClient
 
 __all__ = [
     "TICKET_KEY",
@@ -81,7 +81,7 @@ def hand_over(environ: dict[str, Any], job: Job, broker: Broker) -> Response:
     Under RelayWorker that is at once, and what it returns is not looked at. Elsewhere this blocks
     until the answer's head is there, and the Response streams its body.
     """
-    way = accel.way_of(environ)
+    way = nginx.way_of(environ)
     ticket: Ticket | None = environ.get(TICKET_KEY)
     if ticket is not None:
         ticket.take(job, broker, way)
@@ -104,7 +104,7 @@ class Request:
     broker: Broker
     client: Client
     #: with a server that nginx could not reach, the one retry is already being used
-    way: Way = accel.DIRECT
+    way: Way = nginx.DIRECT
     _task: asyncio.Task[None] | None = None
     _exchange: Exchange | None = None
     _stop_reason: SmartProxyError | None = None
@@ -161,7 +161,7 @@ class Request:
         """Leave the bytes to nginx, and hold on until the server counts the request itself."""
         self._left_to_nginx = True
         self.client.begin(
-            accel.redirect_head(
+            nginx.redirect_head(
                 server_id=grant.server_id,
                 host=grant.host,
                 port=grant.port,
@@ -172,7 +172,7 @@ class Request:
         self.client.write(b"")
         self.client.finish()
         loop = asyncio.get_running_loop()
-        loop.call_later(accel.HOLD_S, self.broker.release, grant)
+        loop.call_later(nginx.HOLD_S, self.broker.release, grant)
 
     def _settle(self, task: asyncio.Task[None]) -> None:
         self._end_client(task)
