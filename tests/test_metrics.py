@@ -10,8 +10,8 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from smartproxy.planner.types import GpuShare
-from smartproxy.proxy import metrics
-from smartproxy.proxy.counting import RequestCounts
+from smartproxy.proxy.pages import metrics
+from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.state import counts, demand, fleet
 from smartproxy.state.prepare import create
 from smartproxy.state.store import Store

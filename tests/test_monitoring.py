@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import requests
 
-from smartproxy.proxy import tables
+from smartproxy.proxy.pages import tables
 from tests.running import Proxy, fake_model, running, wait_until
 
 pytestmark = pytest.mark.servers

@@ -26,7 +26,7 @@ from smartproxy import errors
 from smartproxy.config.load import load_settings
 from smartproxy.entities import GPU, GPUAssignment, GPUPoolStatus, GPUProcess, Server
 from smartproxy.proxy.app import create_app
-from smartproxy.proxy.monitoring import openapi_json
+from smartproxy.proxy.pages.monitoring import openapi_json
 from smartproxy.proxy.routes import INFERENCE_PATHS
 from tests.fakes import world as nvml
 from tests.fakes.nvml import build, environment

@@ -17,7 +17,7 @@ from smartproxy.commands.options import where
 from smartproxy.config.load import load_settings
 from smartproxy.entities import GPU, GPUProcess
 from smartproxy.errors import ManagerDown
-from smartproxy.proxy import view
+from smartproxy.proxy.pages import view
 from smartproxy.state import fleet
 from smartproxy.state.store import Store
 

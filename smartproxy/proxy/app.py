@@ -15,10 +15,11 @@ from smartproxy.errors import (
     SmartProxyError,
     openai_body,
 )
-from smartproxy.proxy import monitoring, operations, routes
-from smartproxy.proxy.counting import RequestCounts
+from smartproxy.proxy import routes
 from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.express import EXTENSION
+from smartproxy.proxy.pages import models, monitoring
+from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.state.store import Store
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def create_app(settings: Settings) -> Flask:
     store = Store(settings.state_dir / "state.db")
     counting, broker = RequestCounts(store), Broker(store, settings)
     app.register_blueprint(monitoring.blueprint(settings, store, counting))
-    app.register_blueprint(operations.blueprint(settings, catalog, store))
+    app.register_blueprint(models.blueprint(settings, catalog, store))
     app.register_blueprint(routes.blueprint(settings, catalog, broker, counting))
     app.extensions[EXTENSION] = routes.express(settings, catalog, broker, counting)
     _handle_errors(app, settings)

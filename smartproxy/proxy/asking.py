@@ -10,8 +10,8 @@ from typing import Any
 
 from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, from_code
 from smartproxy.lifetime import worker_id
-from smartproxy.proxy import view
 from smartproxy.proxy.ensure import MANAGER_PATIENCE_S, send_poke
+from smartproxy.proxy.pages import view
 from smartproxy.state import demand
 from smartproxy.state.store import Store
 

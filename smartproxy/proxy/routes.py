@@ -25,9 +25,9 @@ from smartproxy.errors import (
     SmartProxyError,
 )
 from smartproxy.proxy import auth
-from smartproxy.proxy.counting import RequestCounts
 from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.express import Express, PlainRequest
+from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.proxy.relay.relay import Job, hand_over
 from smartproxy.proxy.wire.heads import header_bytes
 

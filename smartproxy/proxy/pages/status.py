@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from smartproxy.config.settings import Settings
-from smartproxy.proxy import view
+from smartproxy.proxy.pages import view
 from smartproxy.state import fleet
 from smartproxy.state.store import Row, Store
 from smartproxy.types import GIB

@@ -16,9 +16,10 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from smartproxy.config.settings import Settings
 from smartproxy.entities import pool_status
 from smartproxy.errors import ManagerDown, ShuttingDown
-from smartproxy.proxy import auth, metrics, status, tables, view
-from smartproxy.proxy.counting import RequestCounts
+from smartproxy.proxy import auth
 from smartproxy.proxy.ensure import send_poke
+from smartproxy.proxy.pages import metrics, status, tables, view
+from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.state.store import Store
 
 #: a look at the GPUs that is no older needs no other

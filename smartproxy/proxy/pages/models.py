@@ -7,8 +7,9 @@ from flask import Blueprint, Response, jsonify, request
 from smartproxy.catalog.catalog import Catalog
 from smartproxy.config.settings import Settings
 from smartproxy.errors import ModelNotFound, RouteNotFound
-from smartproxy.proxy import auth, view
+from smartproxy.proxy import auth
 from smartproxy.proxy.asking import Question, ask_manager
+from smartproxy.proxy.pages import view
 from smartproxy.state.store import Store
 
 #: a plan is decided in milliseconds; before it the GPUs must have been looked at once
