@@ -17,9 +17,9 @@ import orjson
 from flask import Flask, Response, jsonify, request
 
 from smartproxy.errors import from_code
-from smartproxy.proxy.express import EXTENSION, Express, PlainRequest
 from smartproxy.proxy.relay.relay import Grant, Job, hand_over
 from smartproxy.proxy.wire.heads import header_bytes
+from smartproxy.proxy.worker.plain import EXTENSION, Express, PlainRequest
 
 LOOK_EVERY_S = 0.005
 

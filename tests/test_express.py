@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smartproxy.proxy.express import MAX_HEAD_BYTES, MAX_HEADERS, plain_request
+from smartproxy.proxy.worker.plain import MAX_HEAD_BYTES, MAX_HEADERS, plain_request
 
 LINE = b"POST /v1/chat/completions?a=%20 HTTP/1.1\r\n"
 HOST = b"Host: p\r\nContent-Length: 2\r\n"

@@ -17,9 +17,9 @@ from smartproxy.errors import (
 )
 from smartproxy.proxy import routes
 from smartproxy.proxy.ensure import Broker
-from smartproxy.proxy.express import EXTENSION
 from smartproxy.proxy.pages import models, monitoring
 from smartproxy.proxy.pages.counting import RequestCounts
+from smartproxy.proxy.worker.plain import EXTENSION
 from smartproxy.state.store import Store
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ def _address() -> list[str]:
     return [f"{host}:{settings.port}"]
 
 
-worker_class = "smartproxy.proxy.worker.RelayWorker"
+worker_class = "smartproxy.proxy.worker.worker.RelayWorker"
 # A worker relays in one thread; two keep /health quick while one is busy, more than cores gain
 # nothing.
 workers = min(max(os.cpu_count() or 1, 2), 4)

@@ -26,10 +26,10 @@ from smartproxy.errors import (
 )
 from smartproxy.proxy import auth
 from smartproxy.proxy.ensure import Broker
-from smartproxy.proxy.express import Express, PlainRequest
 from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.proxy.relay.relay import Job, hand_over
 from smartproxy.proxy.wire.heads import header_bytes
+from smartproxy.proxy.worker.plain import Express, PlainRequest
 
 INFERENCE_PATHS = frozenset(
     {

@@ -20,15 +20,15 @@ from gunicorn.errors import ConfigError
 from gunicorn.http import get_parser
 from gunicorn.workers.gthread import TConn
 
-from smartproxy.proxy.express import MAX_BODY_BYTES as MAX_EXPRESS_BODY_BYTES
-from smartproxy.proxy.express import Express, plain_request
-from smartproxy.proxy.handling import HandlingWorker, RelayTicket
-from smartproxy.proxy.neighbours import Neighbours
-from smartproxy.proxy.reception import Collected, Outbox, Reception
 from smartproxy.proxy.relay import nginx, relay
 from smartproxy.proxy.relay.relay import Request
 from smartproxy.proxy.relay.socket_client import SocketClient
 from smartproxy.proxy.wire.channel import HIGH_WATER_BYTES, close_gently
+from smartproxy.proxy.worker.application import HandlingWorker, RelayTicket
+from smartproxy.proxy.worker.balance import Neighbours
+from smartproxy.proxy.worker.inbox import Collected, Outbox, Reception
+from smartproxy.proxy.worker.plain import MAX_BODY_BYTES as MAX_EXPRESS_BODY_BYTES
+from smartproxy.proxy.worker.plain import Express, plain_request
 
 #: before the end of graceful_timeout (when the master kills) open streams get their final event
 FAREWELL_S = 2.0

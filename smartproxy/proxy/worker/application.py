@@ -17,10 +17,10 @@ from gunicorn.http.body import LengthReader
 from gunicorn.http.errors import InvalidHeader
 from gunicorn.workers.gthread import ThreadWorker
 
-from smartproxy.proxy.express import EXTENSION, Express
-from smartproxy.proxy.reception import Outbox, Reception
 from smartproxy.proxy.relay.nginx import Way
 from smartproxy.proxy.relay.relay import TICKET_KEY, Broker, Job
+from smartproxy.proxy.worker.inbox import Outbox, Reception
+from smartproxy.proxy.worker.plain import EXTENSION, Express
 
 MAX_INLINE_PATHS = 64
 #: for a client to go on with what it is sending, or to read what it is sent, while a thread waits
