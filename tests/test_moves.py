@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from smartproxy.proxy.moves import Moves
+from smartproxy.proxy.file_watch import Moves
 from smartproxy.state import demand
 from smartproxy.state.prepare import create
 from smartproxy.state.store import Store

@@ -18,7 +18,7 @@ from smartproxy.catalog.catalog import build_catalog
 from smartproxy.commands.options import where
 from smartproxy.config.load import load_settings
 from smartproxy.errors import ManagerDown
-from smartproxy.proxy.asking import Question, ask_manager
+from smartproxy.proxy.ask import Question, ask_manager
 from smartproxy.state.store import Store
 
 LIMIT_S = 30.0

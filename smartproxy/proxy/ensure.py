@@ -22,7 +22,7 @@ from typing import TypeVar
 from smartproxy.config.settings import Settings
 from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, SmartProxyError, from_code
 from smartproxy.lifetime import worker_id
-from smartproxy.proxy.moves import Moves
+from smartproxy.proxy.file_watch import Moves
 from smartproxy.proxy.relay.relay import Grant
 from smartproxy.state import demand
 from smartproxy.state.demand import Route

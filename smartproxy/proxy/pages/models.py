@@ -8,7 +8,7 @@ from smartproxy.catalog.catalog import Catalog
 from smartproxy.config.settings import Settings
 from smartproxy.errors import ModelNotFound, RouteNotFound
 from smartproxy.proxy import auth
-from smartproxy.proxy.asking import Question, ask_manager
+from smartproxy.proxy.ask import Question, ask_manager
 from smartproxy.proxy.pages import view
 from smartproxy.state.store import Store
 
