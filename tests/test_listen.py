@@ -13,8 +13,8 @@ import pytest
 import requests
 
 from smartproxy.errors import ConfigError
-from smartproxy.listen import close, listen
 from smartproxy.proxy.relay.nginx import HOLD_S
+from smartproxy.serving.listen import close, listen
 from tests.nginxes import nginx
 from tests.running import Proxy, fake_model, running, wait_until
 from tests.wire import Wire

@@ -10,7 +10,7 @@ import click
 from smartproxy.commands.options import remember, where
 from smartproxy.config.load import load_settings
 from smartproxy.log import setup_logging
-from smartproxy.serve import serve
+from smartproxy.serving.supervisor import serve
 
 
 @click.command("serve")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import PARENT_VARIABLE
-from smartproxy.listen import UNIX, close, listen
+from smartproxy.serving.listen import UNIX, close, listen
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,9 @@ def serve(settings: Settings, host: str, port: int) -> int:
     guard_end, our_end = os.pipe()
     python = [sys.executable, "-m"]
     guard = Half(
-        name="guard", argv=[*python, "smartproxy.guard", str(settings.state_dir)], stdin=guard_end
+        name="guard",
+        argv=[*python, "smartproxy.serving.guard", str(settings.state_dir)],
+        stdin=guard_end,
     )
     manager = Half(name="manager", argv=[*python, "smartproxy.manager"])
     gunicorn = Half(
