@@ -19,7 +19,9 @@ from smartproxy.manager import use as recent_use
 from smartproxy.manager.bring_down import take_down
 from smartproxy.manager.context import Manager
 from smartproxy.planner.plan import plan
-from smartproxy.state import demand, fleet, prepare
+from smartproxy.state import demands as demand_rows
+from smartproxy.state import migrate
+from smartproxy.state import servers as server_rows
 from smartproxy.types import GpuSnapshot, ServerState
 from tests.running import Proxy, fake_model, wait_until
 
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.servers
 def manager_of(folder: Path, threads: ThreadPoolExecutor) -> Manager:
     settings = load_settings(Proxy(folder, {"m": fake_model()}).config_path)
     path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
-    state, _ = prepare.create(settings.state_dir / "state.db")
+    state, _ = migrate.create(settings.state_dir / "state.db")
     return Manager(
         settings=settings,
         catalog=build_catalog(settings),
@@ -47,11 +49,11 @@ def test_a_server_stopped_before_its_process_began_leaves_none_behind(tmp_path: 
         manager, go_on = manager_of(tmp_path, threads), threading.Event()
         threads.submit(go_on.wait)  # the start has to queue
         now = time.time()
-        demand.ask(manager.store, "load", "m", "worker", now=now)
-        demands = demand.open_demands(manager.store)
+        demand_rows.ask(manager.store, "load", "m", "worker", now=now)
+        demands = demand_rows.open_demands(manager.store)
         act.carry_out(manager, plan(snapshot.snapshot(manager, demands, now)), demands, now)
-        [row] = fleet.live_servers(manager.store)
-        assert fleet.transition(
+        [row] = server_rows.live_servers(manager.store)
+        assert server_rows.transition(
             manager.store,
             row["id"],
             ServerState.STARTING,
@@ -63,4 +65,4 @@ def test_a_server_stopped_before_its_process_began_leaves_none_behind(tmp_path: 
         go_on.set()
     wait_until(lambda: not owned_processes(str(manager.settings.state_dir)), what="no process left")
     assert manager.children == {}
-    assert fleet.server(manager.store, row["id"])["state"] == ServerState.STOPPED
+    assert server_rows.server(manager.store, row["id"])["state"] == ServerState.STOPPED

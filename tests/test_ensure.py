@@ -13,7 +13,7 @@ import pytest
 
 from smartproxy.config.load import load_settings
 from smartproxy.proxy.ensure import Broker
-from smartproxy.state.prepare import create
+from smartproxy.state.migrate import create
 from smartproxy.state.store import Store
 from tests.running import fake_model, running, wait_until
 

@@ -23,8 +23,8 @@ from smartproxy.manager.lingering import (
 from smartproxy.manager.use import RecentUse
 from smartproxy.planner.ledger import open_ledger
 from smartproxy.planner.types import GpuShare, RunningServer
-from smartproxy.state import fleet
-from smartproxy.state.prepare import create
+from smartproxy.state import servers as server_rows
+from smartproxy.state.migrate import create
 from smartproxy.types import GIB, GpuProcess, GpuSnapshot, ServerState
 from tests.worlds import gpu, snapshot
 
@@ -69,7 +69,7 @@ def seen(at: float, used_gb: float, **processes_gb: float | None) -> GpuSnapshot
 
 def loaded(manager: Manager, model_id: str = "m", *, pid: int = OURS) -> int:
     """Return a server of ours with 6 GB promised that has long been ready."""
-    return fleet.insert_server(
+    return server_rows.insert_server(
         manager.store,
         {
             **{"model_id": model_id, "port": 8000 + pid, "api_key": "", "command": "[]"},
@@ -84,7 +84,9 @@ def loaded(manager: Manager, model_id: str = "m", *, pid: int = OURS) -> int:
 def look(manager: Manager, seen: GpuSnapshot) -> None:
     """Do what a pass of the manager does with a new look."""
     manager.gpus = seen
-    note_others(manager, fleet.live_servers(manager.store), fleet.assignments(manager.store))
+    note_others(
+        manager, server_rows.live_servers(manager.store), server_rows.assignments(manager.store)
+    )
 
 
 def ended(manager: Manager, *looks: GpuSnapshot) -> int:
@@ -180,7 +182,7 @@ def test_memory_that_does_not_come_back_is_waited_for_no_longer_than_said(
 
 def test_a_server_on_the_cpu_leaves_nothing_to_wait_for(manager: Manager) -> None:
     manager.gpus = seen(ENDED_AT - 1, 0)
-    server_id = fleet.insert_server(
+    server_id = server_rows.insert_server(
         manager.store,
         {
             **{"model_id": "m", "port": 8080, "api_key": "", "command": "[]", "log_path": ""},

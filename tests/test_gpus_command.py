@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from smartproxy.commands.gpus import age_line, gpu_table, gpus_command, process_table
 from smartproxy.entities import GPU, GPUProcess
 from smartproxy.errors import ManagerDown
-from smartproxy.state.prepare import create
+from smartproxy.state.migrate import create
 from smartproxy.types import GIB, GpuState
 
 BUSY = GPU(

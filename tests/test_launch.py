@@ -14,7 +14,7 @@ from smartproxy.llama.command import command, environment
 from smartproxy.manager.served import loaded_of, options_key, settings_key
 from smartproxy.memory.types import Estimate, Layout
 from smartproxy.planner.types import GpuShare, Placement
-from smartproxy.state import prepare
+from smartproxy.state import migrate
 from smartproxy.state.store import Store
 from tests import gguf_files, gguf_shapes
 from tests.running import REAL_MODEL
@@ -31,7 +31,7 @@ BINARY = Binary(
 
 @pytest.fixture
 def state(tmp_path: Path) -> Store:
-    return prepare.create(tmp_path / "state.db")[0]
+    return migrate.create(tmp_path / "state.db")[0]
 
 
 def spec_of(path: Path = REAL_MODEL, **keys: Any) -> ModelSpec:

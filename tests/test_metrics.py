@@ -12,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from smartproxy.planner.types import GpuShare
 from smartproxy.proxy.pages import metrics
 from smartproxy.proxy.pages.counting import RequestCounts
-from smartproxy.state import counts, demand, fleet
-from smartproxy.state.prepare import create
+from smartproxy.state import counts
+from smartproxy.state import demands as demand_rows
+from smartproxy.state import servers as server_rows
+from smartproxy.state.migrate import create
 from smartproxy.state.store import Store
 from smartproxy.types import GIB, ServerState
 from tests.running import Proxy, fake_model, running, wait_until
@@ -59,7 +61,7 @@ def add_gpu(store: Store, index: int, *, error: str | None = None) -> None:
 
 
 def add_server(store: Store, model: str, port: int, **columns: object) -> int:
-    return fleet.insert_server(
+    return server_rows.insert_server(
         store,
         {
             **{"model_id": model, "port": port, "api_key": "", "command": "[]"},
@@ -73,7 +75,7 @@ def add_server(store: Store, model: str, port: int, **columns: object) -> int:
 
 
 def move(store: Store, server_id: int, before: str, after: str, **columns: object) -> None:
-    moved = fleet.transition(
+    moved = server_rows.transition(
         store,
         server_id,
         ServerState(before),
@@ -113,7 +115,7 @@ def test_a_server_has_its_memory_by_gpu_and_on_the_host(store: Store) -> None:
     server_id = add_server(store, "m", 9000)
     with store.write() as connection:
         connection.execute("UPDATE assignments SET measured_bytes = 5")
-    fleet.update_server(
+    server_rows.update_server(
         store, server_id, {"requests_processing": 2, "slots_total": 4, "slots_busy": 3}
     )
     samples = seen(store)
@@ -154,7 +156,7 @@ def test_tokens_of_a_model_add_up_over_its_servers(store: Store) -> None:
         server_id = add_server(store, "m", 9000)
         for prompt, predicted in tokens:
             columns = {"prompt_tokens_total": prompt, "predicted_tokens_total": predicted}
-            fleet.update_server(store, server_id, columns)
+            server_rows.update_server(store, server_id, columns)
         move(store, server_id, "starting", "stopping")
         move(store, server_id, "stopping", "stopped")
     samples = seen(store)
@@ -166,8 +168,8 @@ def test_evictions_and_waiting_requests_are_counted(store: Store) -> None:
     assert value(seen(store), "evictions_total") == 0
     counts.add_eviction(store, "a")
     counts.add_eviction(store, "b")
-    demand.ask(store, "load", "c", "1:1", now=1.0)
-    demand.ask(store, "unload", "c", "1:1", now=1.0)
+    demand_rows.ask(store, "load", "c", "1:1", now=1.0)
+    demand_rows.ask(store, "unload", "c", "1:1", now=1.0)
     assert value(seen(store), "evictions_total") == 2
     assert value(seen(store), "queue_length") == 1
 
@@ -222,7 +224,7 @@ def test_counts_outlive_a_restart(tmp_path: Path) -> None:
 
 def test_the_time_of_the_last_decision_is_told_once_there_was_one(store: Store) -> None:
     assert value(seen(store), "decision_seconds") is None
-    fleet.update_manager(store, {"decision_s": 0.002})
+    server_rows.update_manager(store, {"decision_s": 0.002})
     assert value(seen(store), "decision_seconds") == 0.002
 
 
@@ -251,11 +253,11 @@ def test_the_dashboard_knows_exactly_what_is_exposed(store: Store) -> None:
         connection.execute("UPDATE gpus SET power_w = 1")
     server_id = add_server(store, "m", 9000)
     told = {"requests_processing": 0, "slots_total": 4, "slots_busy": 0}
-    fleet.update_server(store, server_id, {**told, "prompt_tokens_total": 0, "load_s": 1})
-    fleet.update_server(store, server_id, {"predicted_tokens_total": 0})
+    server_rows.update_server(store, server_id, {**told, "prompt_tokens_total": 0, "load_s": 1})
+    server_rows.update_server(store, server_id, {"predicted_tokens_total": 0})
     move(store, server_id, "starting", "ready")
     counts.add_requests(store, {("m", "200"): 1})
-    fleet.update_manager(store, {"decision_s": 0.002})
+    server_rows.update_manager(store, {"decision_s": 0.002})
     exposed = {name: set(dict(labels)) for name, labels in seen(store)}
     assert exposed == {name: set(labels) for name, labels in METRICS.items()}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from smartproxy.proxy.file_watch import Moves
-from smartproxy.state import demand
-from smartproxy.state.prepare import create
+from smartproxy.state import demands as demand_rows
+from smartproxy.state.migrate import create
 from smartproxy.state.store import Store
 
 LONG_S = 20.0
@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 def write(path: Path) -> None:
     """Commit something as another process would: through a connection of its own."""
     other = Store(path)
-    demand.ask(other, "load", "m", "worker", now=time.time())
+    demand_rows.ask(other, "load", "m", "worker", now=time.time())
     other.close()
 
 

@@ -13,7 +13,7 @@ import requests
 from smartproxy.commands.plan import lines
 from smartproxy.errors import ManagerDown
 from smartproxy.proxy.ask import Question, ask_manager
-from smartproxy.state.prepare import create
+from smartproxy.state.migrate import create
 from tests.gpu_running import Card, cli_environment, gpu_machine, model, plan, world_of
 from tests.running import Proxy, fake_model, running, wait_until
 

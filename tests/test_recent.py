@@ -9,7 +9,7 @@ import pytest
 from smartproxy.manager import use as recent_use
 from smartproxy.planner.victims import HALF_LIFE_S
 from smartproxy.state import counts
-from smartproxy.state.prepare import create
+from smartproxy.state.migrate import create
 from smartproxy.state.store import Store
 
 NOW = 1_000_000.0

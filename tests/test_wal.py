@@ -8,8 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from smartproxy.state import demand
-from smartproxy.state.prepare import create
+from smartproxy.state import demands as demand_rows
+from smartproxy.state.migrate import create
 from smartproxy.state.store import WAL_LIMIT_BYTES, Store
 
 PAGE_BYTES = 4096
@@ -26,8 +26,8 @@ def test_the_log_stays_small_while_workers_write_and_read(tmp_path: Path) -> Non
         """Ask and withdraw as a worker does; returns the bytes the log had at most."""
         own, seen = Store(store.path), 0
         for _ in range(WRITES):
-            id_ = demand.ask(own, "load", "m" * 200, f"worker-{number}", now=time.time())
-            demand.withdraw(own, [id_])
+            id_ = demand_rows.ask(own, "load", "m" * 200, f"worker-{number}", now=time.time())
+            demand_rows.withdraw(own, [id_])
             seen = max(seen, wal.stat().st_size)
         own.close()
         return seen
@@ -35,8 +35,8 @@ def test_the_log_stays_small_while_workers_write_and_read(tmp_path: Path) -> Non
     def read() -> None:
         own = Store(store.path)
         while not done.is_set():
-            demand.open_demands(own)
-            demand.routes(own)
+            demand_rows.open_demands(own)
+            demand_rows.routes(own)
         own.close()
 
     with ThreadPoolExecutor(WRITERS + 1) as pool:
@@ -60,11 +60,11 @@ def test_a_reader_that_holds_on_stops_no_writer(tmp_path: Path) -> None:
     own = Store(store.path)
     filler = "m" * 100_000
     for _ in range(3 * WAL_LIMIT_BYTES // len(filler)):
-        demand.withdraw(own, [demand.ask(own, "load", filler, "worker", now=time.time())])
+        demand_rows.withdraw(own, [demand_rows.ask(own, "load", filler, "worker", now=time.time())])
     assert (tmp_path / "state.db-wal").stat().st_size > 2 * WAL_LIMIT_BYTES
     holding.close()
     for _ in range(WAL_LIMIT_BYTES // len(filler) + 1):
-        demand.withdraw(own, [demand.ask(own, "load", filler, "worker", now=time.time())])
+        demand_rows.withdraw(own, [demand_rows.ask(own, "load", filler, "worker", now=time.time())])
     assert (tmp_path / "state.db-wal").stat().st_size <= WAL_LIMIT_BYTES
     own.close()
     store.close()

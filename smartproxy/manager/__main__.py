@@ -36,7 +36,9 @@ from smartproxy.manager.doorbell import Doorbell
 from smartproxy.manager.gpu_watch import Watcher
 from smartproxy.manager.server_watch import trim_logs, watch
 from smartproxy.manager.tick import tick
-from smartproxy.state import demand, fleet, measured, prepare
+from smartproxy.state import demands as demand_rows
+from smartproxy.state import measurements, migrate
+from smartproxy.state import servers as server_rows
 
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
@@ -90,7 +92,7 @@ def _run(settings: Settings) -> int:
     for warning in catalog.warnings:
         logger.warning("%s", warning)
     path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
-    state, complaint = prepare.create(settings.state_dir / "state.db")
+    state, complaint = migrate.create(settings.state_dir / "state.db")
     if complaint:
         logger.warning("%s", complaint)
     doorbell = Doorbell(settings.state_dir / "manager.sock")
@@ -118,7 +120,7 @@ def _stopper(manager: Manager) -> Callable[[int, FrameType | None], None]:
 
 
 def _serve(manager: Manager, doorbell: Doorbell) -> int:
-    fleet.update_manager(
+    server_rows.update_manager(
         manager.store,
         {
             "pid": os.getpid(),
@@ -204,17 +206,17 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) 
             manager.look_wanted.clear()
             scheduler.modify_job("look", next_run_time=_now())
     logger.info("stopping")
-    fleet.update_manager(manager.store, {"stopping": 1})
+    server_rows.update_manager(manager.store, {"stopping": 1})
     _refuse_all(manager)
     stop_all(manager, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
-    fleet.update_manager(manager.store, {"pid": None, "heartbeat_at": None})
+    server_rows.update_manager(manager.store, {"pid": None, "heartbeat_at": None})
     logger.info("stopped")
     return 0
 
 
 def _refuse_all(manager: Manager) -> None:
-    ids = [wish.id for wish in demand.open_demands(manager.store)]
-    demand.answer(
+    ids = [wish.id for wish in demand_rows.open_demands(manager.store)]
+    demand_rows.answer(
         manager.store,
         ids,
         now=time.time(),
@@ -225,14 +227,14 @@ def _refuse_all(manager: Manager) -> None:
 
 def _heartbeat(manager: Manager) -> None:
     now = time.time()
-    fleet.update_manager(manager.store, {"heartbeat_at": now})
-    dead = [name for name in demand.workers_seen(manager.store) if not worker_alive(name)]
-    demand.clear_expired(manager.store, now=now, dead_workers=dead)
+    server_rows.update_manager(manager.store, {"heartbeat_at": now})
+    dead = [name for name in demand_rows.workers_seen(manager.store) if not worker_alive(name)]
+    demand_rows.clear_expired(manager.store, now=now, dead_workers=dead)
 
 
 def _tidy(manager: Manager) -> None:
-    fleet.prune(manager.store, now=time.time())
-    measured.prune(manager.store)
+    server_rows.prune(manager.store, now=time.time())
+    measurements.prune(manager.store)
     trim_logs(manager)
 
 

@@ -21,8 +21,10 @@ from smartproxy.manager.bring_up import argv_of, bring_up, free_port
 from smartproxy.manager.context import Manager
 from smartproxy.manager.served import loaded_of, options_key, settings_key
 from smartproxy.planner.types import Decision, Evict, Start
-from smartproxy.state import counts, demand, fleet
-from smartproxy.state.demand import Demand
+from smartproxy.state import counts
+from smartproxy.state import demands as demand_rows
+from smartproxy.state import servers as server_rows
+from smartproxy.state.demands import Demand
 from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 def carry_out(manager: Manager, decision: Decision, demands: list[Demand], now: float) -> None:
     """Do what the planner decided; every action is written down before it is begun."""
     if decision.starts or decision.evictions or decision.refusals:
-        fleet.update_manager(manager.store, {"decision_s": manager.decision_s})
+        server_rows.update_manager(manager.store, {"decision_s": manager.decision_s})
     for eviction in decision.evictions:
         evict(manager, eviction, now)
     for start_ in decision.starts:
@@ -57,7 +59,7 @@ def carry_out(manager: Manager, decision: Decision, demands: list[Demand], now: 
         )
         _answer(manager, late, wait.model_id, wait.code_at_timeout, message, now)
     waits = {wait.model_id: wait.reason for wait in decision.waits}
-    fleet.set_waits(manager.store, waits, now=now, data=_decided(manager))
+    server_rows.set_waits(manager.store, waits, now=now, data=_decided(manager))
 
 
 def _answer(
@@ -66,8 +68,8 @@ def _answer(
     ids = [wish.id for wish in demands if wish.kind == "load" and wish.model_id == model_id]
     if not ids:
         return
-    demand.answer(manager.store, ids, now=now, error_code=code, message=message)
-    fleet.event(
+    demand_rows.answer(manager.store, ids, now=now, error_code=code, message=message)
+    server_rows.event(
         manager.store,
         now,
         "load",
@@ -112,7 +114,7 @@ def start(manager: Manager, decided: Start, now: float) -> None:
         "host_estimated_bytes": estimate.host.total_bytes,
     }
     try:
-        server_id = fleet.insert_server(
+        server_id = server_rows.insert_server(
             manager.store,
             columns,
             placement.gpus,
@@ -137,7 +139,7 @@ def _log_path(manager: Manager, model_id: str, now: float) -> Path:
 
 def evict(manager: Manager, eviction: Evict, now: float) -> None:
     """Drain a victim; it stops when its last request is done. One that only moves comes back."""
-    row = fleet.server(manager.store, eviction.server_id)
+    row = server_rows.server(manager.store, eviction.server_id)
     if row["state"] != ServerState.READY:
         return
     how = Draining(only_if_idle=not eviction.drains_busy, data=_decided(manager))
@@ -153,7 +155,7 @@ def unload(
     manager: Manager, model_id: str, reason: str, now: float, *, only_if_idle: bool = False
 ) -> None:
     """Bring a model's server down in order, whatever state it is in."""
-    for row in fleet.live_servers(manager.store):
+    for row in server_rows.live_servers(manager.store):
         if row["model_id"] != model_id:
             continue
         if row["state"] == ServerState.READY:
@@ -174,7 +176,7 @@ class Draining:
 
 def _drain(manager: Manager, server_id: int, reason: str, now: float, how: Draining) -> bool:
     """Return whether it was ready, and now drains."""
-    moved = fleet.transition(
+    moved = server_rows.transition(
         manager.store,
         server_id,
         ServerState.READY,
@@ -190,7 +192,7 @@ def _drain(manager: Manager, server_id: int, reason: str, now: float, how: Drain
 
 def stop_starting(manager: Manager, server_id: int, reason: str, now: float) -> None:
     """Stop a server that is not ready yet."""
-    if fleet.transition(
+    if server_rows.transition(
         manager.store,
         server_id,
         ServerState.STARTING,
@@ -217,7 +219,7 @@ def in_thread(manager: Manager, work: Callable[..., None], *args: Any) -> None:
 
 def notice_exits(manager: Manager, now: float) -> None:
     """Carry servers whose process is gone to failed; starting ones are seen by their thread."""
-    for row in fleet.live_servers(manager.store):
+    for row in server_rows.live_servers(manager.store):
         child = manager.children.get(row["id"])
         state = ServerState(row["state"])
         if state not in (ServerState.READY, ServerState.DRAINING) or (child and child.alive()):
@@ -226,7 +228,7 @@ def notice_exits(manager: Manager, now: float) -> None:
         exit_code = child.exit_code() if child else None
         why = process.explain_exit(exit_code, process.tail(Path(row["log_path"])))
         message = f"model '{row['model_id']}': its llama-server {why}"
-        fleet.transition(
+        server_rows.transition(
             manager.store,
             row["id"],
             state,
@@ -249,11 +251,11 @@ def stop_all(manager: Manager, *, grace_s: float, deadline_s: float) -> None:
     """
     reason = "the proxy is being stopped"
     now = time.time()
-    for row in fleet.live_servers(manager.store):
+    for row in server_rows.live_servers(manager.store):
         unload(manager, row["model_id"], reason, now)
     _until_none_live(manager, grace_s)
-    for row in fleet.live_servers(manager.store):
-        if fleet.transition(
+    for row in server_rows.live_servers(manager.store):
+        if server_rows.transition(
             manager.store,
             row["id"],
             ServerState.DRAINING,
@@ -267,5 +269,5 @@ def stop_all(manager: Manager, *, grace_s: float, deadline_s: float) -> None:
 
 def _until_none_live(manager: Manager, within_s: float) -> None:
     deadline = time.monotonic() + within_s
-    while fleet.live_servers(manager.store) and time.monotonic() < deadline:
+    while server_rows.live_servers(manager.store) and time.monotonic() < deadline:
         time.sleep(0.02)

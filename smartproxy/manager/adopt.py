@@ -20,7 +20,7 @@ from smartproxy.manager.act import in_thread
 from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import resume
 from smartproxy.manager.context import Manager
-from smartproxy.state import fleet
+from smartproxy.state import servers as server_rows
 from smartproxy.state.store import Row
 from smartproxy.types import ServerState
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def adopt_all(manager: Manager) -> None:
     """Bring rows and processes together again."""
-    for row in fleet.live_servers(manager.store):
+    for row in server_rows.live_servers(manager.store):
         child = process.adopt(row["pid"], row["pid_started_at"])
         if child is None:
             _settle_dead(manager, row)
@@ -67,7 +67,7 @@ def _settle_dead(manager: Manager, row: Row) -> None:
             (ServerState.STARTING, ServerState.STOPPING),
             (ServerState.STOPPING, ServerState.STOPPED),
         ):
-            fleet.transition(manager.store, row["id"], before, after, now=now, reason=reason)
+            server_rows.transition(manager.store, row["id"], before, after, now=now, reason=reason)
         return
     after = ServerState.STOPPED if state == ServerState.STOPPING else ServerState.FAILED
     columns = (
@@ -78,7 +78,7 @@ def _settle_dead(manager: Manager, row: Row) -> None:
             "error_message": f"model '{row['model_id']}': {reason}",
         }
     )
-    fleet.transition(
+    server_rows.transition(
         manager.store, row["id"], state, after, now=now, reason=reason, columns=columns
     )
 
@@ -97,7 +97,7 @@ def _adopt_unknown(manager: Manager, found: psutil.Process) -> None:
         process.stop(child)
         return
     try:
-        server_id = fleet.insert_server(
+        server_id = server_rows.insert_server(
             manager.store, columns, [], now=time.time(), reason="adopted: its row was lost"
         )
     except sqlite3.IntegrityError:

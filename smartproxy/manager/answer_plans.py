@@ -23,8 +23,8 @@ from smartproxy.planner.types import (
     Snapshot,
     WaitingLoad,
 )
-from smartproxy.state import demand
-from smartproxy.state.demand import Demand
+from smartproxy.state import demands as demand_rows
+from smartproxy.state.demands import Demand
 from smartproxy.types import GIB
 
 
@@ -38,12 +38,12 @@ def answer_plans(manager: Manager, view: Snapshot, demands: list[Demand], now: f
         try:
             load = _as_if_asked(manager, wish, now)
         except SmartProxyError as error:
-            demand.answer(
+            demand_rows.answer(
                 manager.store, [wish.id], now=now, error_code=error.code, message=str(error)
             )
             continue
         told = as_json(view, load, explain(view, load))
-        demand.answer(manager.store, [wish.id], now=now, answer=told)
+        demand_rows.answer(manager.store, [wish.id], now=now, answer=told)
 
 
 def _as_if_asked(manager: Manager, wish: Demand, now: float) -> WaitingLoad:

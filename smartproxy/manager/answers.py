@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from smartproxy.manager.context import Manager
-from smartproxy.state import demand, fleet
-from smartproxy.state.demand import Demand
+from smartproxy.state import demands as demand_rows
+from smartproxy.state import servers as server_rows
+from smartproxy.state.demands import Demand
 from smartproxy.state.store import Row
 from smartproxy.types import ServerState
 
@@ -13,12 +14,12 @@ def answer_settled(manager: Manager, demands: list[Demand], now: float) -> list[
     """Answer what is settled and return the rest, oldest first."""
     if not demands:
         return []
-    live = {row["model_id"]: row for row in fleet.live_servers(manager.store)}
+    live = {row["model_id"]: row for row in server_rows.live_servers(manager.store)}
     rest = []
     for wish in demands:
         settled, code, message = _settled(manager, wish, live.get(wish.model_id), now)
         if settled:
-            demand.answer(manager.store, [wish.id], now=now, error_code=code, message=message)
+            demand_rows.answer(manager.store, [wish.id], now=now, error_code=code, message=message)
         else:
             rest.append(wish)
     return rest

@@ -12,7 +12,7 @@ import requests
 from smartproxy.llama import process
 from smartproxy.manager import lingering
 from smartproxy.manager.context import Manager
-from smartproxy.state import fleet
+from smartproxy.state import servers as server_rows
 from smartproxy.types import ServerState
 
 DRAIN_LOOK_EVERY_S = 0.02
@@ -25,7 +25,9 @@ def drain(manager: Manager, server_id: int, *, only_if_idle: bool = False) -> No
     only_if_idle: what turns out to be in use stays; who wanted its place chooses anew.
     """
     while True:
-        row = next((r for r in fleet.live_servers(manager.store) if r["id"] == server_id), None)
+        row = next(
+            (r for r in server_rows.live_servers(manager.store) if r["id"] == server_id), None
+        )
         if row is None or row["state"] != ServerState.DRAINING:
             return  # it died, or a full stop took over
         # leases are ours; what nginx carries only the server itself knows
@@ -36,7 +38,7 @@ def drain(manager: Manager, server_id: int, *, only_if_idle: bool = False) -> No
             _keep(manager, server_id, slots)
             return
         time.sleep(DRAIN_LOOK_EVERY_S)
-    if fleet.transition(
+    if server_rows.transition(
         manager.store,
         server_id,
         ServerState.DRAINING,
@@ -50,7 +52,7 @@ def drain(manager: Manager, server_id: int, *, only_if_idle: bool = False) -> No
 def _keep(manager: Manager, server_id: int, slots: int) -> None:
     """Take a server back that was in use after all; the next decision sees its slots."""
     now = time.time()
-    fleet.transition(
+    server_rows.transition(
         manager.store,
         server_id,
         ServerState.DRAINING,
@@ -84,7 +86,7 @@ def take_down(manager: Manager, server_id: int, grace_s: float = process.TERM_GR
     began = time.monotonic()
     said = process.stop(child, grace_s=grace_s) if child is not None else "it had no process"
     lingering.note_end(manager, server_id, time.time())
-    fleet.transition(
+    server_rows.transition(
         manager.store,
         server_id,
         ServerState.STOPPING,

@@ -28,7 +28,7 @@ from smartproxy.manager.served import loaded_of
 from smartproxy.manager.shortage import OutOfGpuMemory
 from smartproxy.planner.reasons import gb
 from smartproxy.planner.types import Placement
-from smartproxy.state import fleet
+from smartproxy.state import servers as server_rows
 from smartproxy.state.store import Row
 from smartproxy.types import ServerState
 
@@ -101,7 +101,7 @@ def _start_and_wait(
     manager: Manager, server_id: int, spec: ModelSpec, placement: Placement
 ) -> None:
     for left in reversed(range(PORT_TRIES)):
-        row = fleet.server(manager.store, server_id)
+        row = server_rows.server(manager.store, server_id)
         child = process.spawn(
             argv_of(manager, spec, placement, row["port"]),
             environment(
@@ -116,11 +116,11 @@ def _start_and_wait(
             Path(row["log_path"]),
         )
         manager.children[server_id] = child
-        fleet.update_server(
+        server_rows.update_server(
             manager.store, server_id, {"pid": child.pid, "pid_started_at": child.started_at}
         )
         # whoever stopped it before the process was there had nothing to end
-        if fleet.server(manager.store, server_id)["state"] != ServerState.STARTING:
+        if server_rows.server(manager.store, server_id)["state"] != ServerState.STARTING:
             process.stop(child)
             manager.children.pop(server_id, None)
             return
@@ -132,7 +132,7 @@ def _start_and_wait(
                 raise
             port = free_port(manager, after=row["port"])
             logger.warning("server %d: port %d is taken, trying %d", server_id, row["port"], port)
-            fleet.update_server(manager.store, server_id, {"port": port})
+            server_rows.update_server(manager.store, server_id, {"port": port})
 
 
 class PortTaken(LoadFailed):
@@ -140,7 +140,7 @@ class PortTaken(LoadFailed):
 
 
 def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
-    row = fleet.server(manager.store, server_id)
+    row = server_rows.server(manager.store, server_id)
     child, log_path = manager.children[server_id], Path(row["log_path"])
     began = time.monotonic()
     progress = Progress(child=child, log_path=log_path, at=began)
@@ -152,7 +152,7 @@ def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
         every_s = max(FIRST_PROBE_EVERY_S, (now - began) * PROBE_SHARE)
         time.sleep(min(every_s, LAST_PROBE_EVERY_S))
     load_s = time.time() - row["created_at"]
-    fleet.transition(
+    server_rows.transition(
         manager.store,
         server_id,
         ServerState.STARTING,
@@ -173,7 +173,7 @@ def _why_ended(manager: Manager, row: Row, model_id: str, exit_code: int | None)
     if process.PORT_TAKEN.search(log):
         return PortTaken(message)
     lacking = out_of_memory.lacking(log)
-    if lacking is Lacking.GPU and fleet.assignments(manager.store).get(row["id"]):
+    if lacking is Lacking.GPU and server_rows.assignments(manager.store).get(row["id"]):
         return OutOfGpuMemory(message, log)
     if lacking is Lacking.HOST:
         needed, free = row["host_estimated_bytes"] or 0, psutil.virtual_memory().available
@@ -244,7 +244,7 @@ def free_port(manager: Manager, *, after: int | None = None) -> int:
     Raises LoadFailed when 1000 in a row are taken.
     """
     first = manager.settings.server_pool.port_start
-    ours = {row["port"] for row in fleet.live_servers(manager.store)}
+    ours = {row["port"] for row in server_rows.live_servers(manager.store)}
     for port in range((after + 1) if after else first, min(first + 1000, 65536)):
         if port not in ours and _bindable(port):
             return port
@@ -281,7 +281,7 @@ def _failed(manager: Manager, server_id: int, model_id: str, error: SmartProxyEr
     # first, for once the row is no live one the next pass looks here for why not to start another
     before = manager.failures.get(model_id)
     manager.failed(model_id, error.code, str(error))
-    moved = fleet.transition(
+    moved = server_rows.transition(
         manager.store,
         server_id,
         ServerState.STARTING,

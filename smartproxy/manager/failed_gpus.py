@@ -13,7 +13,7 @@ import time
 from smartproxy.manager.act import in_thread, stop_starting, unload
 from smartproxy.manager.bring_down import take_down
 from smartproxy.manager.context import Manager
-from smartproxy.state import fleet
+from smartproxy.state import servers as server_rows
 from smartproxy.state.store import Row
 from smartproxy.types import Gpu, ServerState
 
@@ -28,8 +28,8 @@ def leave_failed_gpus(manager: Manager, now: float) -> None:
     failed = _failed(manager)
     if not failed:
         return
-    parts = fleet.assignments(manager.store)
-    for row in fleet.live_servers(manager.store):
+    parts = server_rows.assignments(manager.store)
+    for row in server_rows.live_servers(manager.store):
         gpus = [
             failed[part["gpu_uuid"]]
             for part in parts.get(row["id"], ())
@@ -68,8 +68,10 @@ def _end(manager: Manager, row: Row, reason: str, now: float) -> None:
         return
     store, server_id = manager.store, row["id"]
     if state is ServerState.READY:
-        fleet.transition(store, server_id, state, ServerState.DRAINING, now=now, reason=reason)
-    if fleet.transition(
+        server_rows.transition(
+            store, server_id, state, ServerState.DRAINING, now=now, reason=reason
+        )
+    if server_rows.transition(
         store, server_id, ServerState.DRAINING, ServerState.STOPPING, now=time.time(), reason=reason
     ):
         in_thread(manager, take_down, manager, server_id, GRACE_S)

@@ -16,7 +16,7 @@ from smartproxy.memory.correct import Learned, Lesson, learn
 from smartproxy.memory.estimate import Loaded
 from smartproxy.memory.types import Layout
 from smartproxy.planner.ledger import default_overhead_bytes
-from smartproxy.state import measured
+from smartproxy.state import measurements
 from smartproxy.state.store import Row
 
 
@@ -25,7 +25,7 @@ def overheads(manager: Manager) -> dict[str, int]:
 
     What was measured; until that was after prompts, not less than the safe start value.
     """
-    known = measured.overheads(manager.store, manager.binary.build)
+    known = measurements.overheads(manager.store, manager.binary.build)
     charged = {}
     for gpu in manager.gpus.gpus if manager.gpus else ():
         row = known.get(gpu.uuid)
@@ -38,7 +38,7 @@ def overheads(manager: Manager) -> dict[str, int]:
 def learned_of(manager: Manager, spec: ModelSpec, loaded: Loaded) -> Learned:
     """Return what loads of a model's file have taught, for this build."""
     build = manager.binary.build
-    rows = measured.of_file(manager.store, file_key(spec), build)
+    rows = measurements.of_file(manager.store, file_key(spec), build)
     return learn(_lessons(rows, options_key(spec, loaded, build))) if rows else Learned()
 
 
@@ -61,11 +61,11 @@ def _lessons(rows: list[Row], options: str) -> Iterator[Lesson]:
 
 
 def _known(part: Row) -> bool:
-    return part["device"] == measured.HOST or _was_measured(part)
+    return part["device"] == measurements.HOST or _was_measured(part)
 
 
 def _was_measured(part: Row) -> bool:
-    on_gpu = part["device"] != measured.HOST and part["process_bytes"] is not None
+    on_gpu = part["device"] != measurements.HOST and part["process_bytes"] is not None
     return on_gpu or part["buffers_bytes"] is not None
 
 
@@ -77,6 +77,6 @@ def _buffers(part: Row) -> int:
     """Return a device's buffers; where no line told them, what the process had beside overhead."""
     if part["buffers_bytes"] is not None:
         return int(part["buffers_bytes"])
-    if part["device"] == measured.HOST:
+    if part["device"] == measurements.HOST:
         return int(part["predicted_bytes"])
     return max(0, int(part["process_bytes"]) - int(part["overhead_bytes"]))

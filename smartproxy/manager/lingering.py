@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from smartproxy.manager.context import Ended, Manager
 from smartproxy.planner.types import Hold, RunningServer
-from smartproxy.state import fleet
+from smartproxy.state import servers as server_rows
 from smartproxy.state.store import Row
 from smartproxy.types import MIB, Gpu, GpuSnapshot, ServerState
 
@@ -49,11 +49,11 @@ def note_others(manager: Manager, live: list[Row], promised: Mapping[int, list[R
 
 def note_end(manager: Manager, server_id: int, now: float) -> None:
     """Remember what a server had whose process has ended; call before its row says so."""
-    parts = fleet.assignments(manager.store).get(server_id, [])
+    parts = server_rows.assignments(manager.store).get(server_id, [])
     seen = manager.gpus
     if not parts or seen is None:
         return
-    row = fleet.server(manager.store, server_id)
+    row = server_rows.server(manager.store, server_id)
     reserved = {part["gpu_uuid"]: part["reserved_bytes"] for part in parts}
     loaded = row["ready_at"] is not None and seen.observed_at > row["ready_at"]
     hidden = loaded and row["pid"] not in manager.shown_pids

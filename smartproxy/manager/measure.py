@@ -27,8 +27,9 @@ from smartproxy.manager.served import file_key, options_key, settings_key
 from smartproxy.memory.correct import ROUNDING_BYTES, Vector, buffers_of
 from smartproxy.memory.estimate import Loaded, predictor
 from smartproxy.planner.types import Placement
-from smartproxy.state import fleet, measured
-from smartproxy.state.measured import Taken
+from smartproxy.state import measurements
+from smartproxy.state import servers as server_rows
+from smartproxy.state.measurements import Taken
 from smartproxy.state.store import Row
 from smartproxy.types import MIB, GpuSnapshot, ServerState
 
@@ -81,9 +82,9 @@ def expect(
         "layout": json.dumps(asdict(layout)),
     }
     names = ("device", "device_index", "predicted_bytes", "estimated_bytes", "overhead_bytes")
-    rows = [*devices, (measured.HOST, -1, predicted[-1], host_bytes, 0)]
+    rows = [*devices, (measurements.HOST, -1, predicted[-1], host_bytes, 0)]
     sizes = told or (None,) * len(rows)
-    measured.expect(
+    measurements.expect(
         manager.store,
         [
             {**common, **dict(zip(names, row, strict=True)), "buffers_bytes": size}
@@ -94,8 +95,8 @@ def expect(
 
 def after_load(manager: Manager, server_id: int) -> None:
     """Write what a server that became ready says of its buffers. Reads its log."""
-    row = fleet.server(manager.store, server_id)
-    expected = measured.of_server(manager.store, server_id)
+    row = server_rows.server(manager.store, server_id)
+    expected = measurements.of_server(manager.store, server_id)
     if not expected or expected[-1]["buffers_bytes"] is not None:
         return  # its row was lost with the state file, or an earlier manager has read its log
     seen = measured_buffers(_head(Path(row["log_path"])).splitlines())
@@ -108,11 +109,11 @@ def after_load(manager: Manager, server_id: int) -> None:
     buffers = {
         part["device"]: seen[name].buffers_bytes
         for part, name in zip(expected, names, strict=False)
-        if name in seen and part["device"] != measured.HOST
+        if name in seen and part["device"] != measurements.HOST
     }
     if HOST in seen:
-        buffers[measured.HOST] = seen[HOST].buffers_bytes
-    measured.fill_buffers(manager.store, server_id, buffers, now=time.time())
+        buffers[measurements.HOST] = seen[HOST].buffers_bytes
+    measurements.fill_buffers(manager.store, server_id, buffers, now=time.time())
     for part in expected:
         _tell_of_buffers(manager, row, part, buffers.get(part["device"], 0))
     spec = manager.catalog.models.get(row["model_id"])
@@ -144,7 +145,7 @@ def _tell_of_buffers(manager: Manager, row: Row, part: Row, buffers_bytes: int) 
         f"server {row['id']} model={row['model_id']}: its buffers on {_named(manager, part)} take"
         f" {_mib(buffers_bytes)}, {_mib(expected)} were estimated; its next estimate is raised"
     )
-    on_host = part["device"] == measured.HOST
+    on_host = part["device"] == measurements.HOST
     # memory of the host is not promised to anybody: no harm was done
     _tell(manager, message, row, part, logging.WARNING if on_host else logging.ERROR)
 
@@ -154,14 +155,14 @@ def _tell_of_buffers(manager: Manager, row: Row, part: Row, buffers_bytes: int) 
 
 def sample(manager: Manager) -> None:
     """Compare what live servers hold with what is known of them. Called after every look."""
-    live = [row for row in fleet.live_servers(manager.store) if _settled(row, manager.gpus)]
+    live = [row for row in server_rows.live_servers(manager.store) if _settled(row, manager.gpus)]
     for row in live:
         _sample_host(manager, row)
     if manager.gpus is not None and manager.gpus.gpus:
-        promised = fleet.assignments(manager.store)
+        promised = server_rows.assignments(manager.store)
         for row in live:
             _sample_gpus(manager, row, promised.get(row["id"], []))
-        measured.show_overheads(manager.store, overheads(manager))
+        measurements.show_overheads(manager.store, overheads(manager))
 
 
 def _settled(row: Row, seen: GpuSnapshot | None) -> bool:
@@ -176,7 +177,7 @@ def _sample_host(manager: Manager, row: Row) -> None:
     except psutil.Error:
         return  # it just ended
     if resident > HOST_STEP * (row["host_measured_bytes"] or 0):
-        measured.fill_host(manager.store, row["id"], resident)
+        measurements.fill_host(manager.store, row["id"], resident)
 
 
 def _sample_gpus(manager: Manager, row: Row, parts: list[Row]) -> None:
@@ -188,7 +189,7 @@ def _sample_gpus(manager: Manager, row: Row, parts: list[Row]) -> None:
         for process in gpu.processes
         if process.pid == row["pid"] and gpu.error is None
     }
-    expected = {part["device"]: part for part in measured.of_server(manager.store, row["id"])}
+    expected = {part["device"]: part for part in measurements.of_server(manager.store, row["id"])}
     changes = []
     for part in parts:
         uuid, before = part["gpu_uuid"], part["measured_bytes"]
@@ -206,7 +207,7 @@ def _sample_gpus(manager: Manager, row: Row, parts: list[Row]) -> None:
             if held > max(part["estimated_bytes"], TOLD_STEP * (before or 0)):
                 _tell_of_process(manager, row, expected[uuid], held)
     if changes:
-        measured.fill_taken(manager.store, changes, now=now)
+        measurements.fill_taken(manager.store, changes, now=now)
 
 
 def reservation(part: Row, expected: Row | None, held: int | None, *, warm: bool) -> int:
@@ -231,10 +232,10 @@ def _learn_overhead(manager: Manager, row: Row, part: Row, seen: tuple[int, bool
     store, build = manager.store, part["build"]
     # what the log rounds away must not make it too small
     overhead = max(0, held - part["buffers_bytes"] + ROUNDING_BYTES)
-    known = measured.overheads(store, build).get(part["device"])
+    known = measurements.overheads(store, build).get(part["device"])
     if known and known["overhead_bytes"] >= overhead and known["warm"] >= warm:
         return
-    measured.learn_overhead(
+    measurements.learn_overhead(
         store, part["device"], build, overhead_bytes=overhead, warm=warm, now=time.time()
     )
     if known and known["overhead_bytes"] >= overhead:
@@ -256,9 +257,9 @@ def _tell_of_process(manager: Manager, row: Row, part: Row, held: int) -> None:
 
 
 def _tell(manager: Manager, message: str, row: Row, part: Row, level: int) -> None:
-    gpu_uuid = None if part["device"] == measured.HOST else part["device"]
+    gpu_uuid = None if part["device"] == measurements.HOST else part["device"]
     where: dict[str, Any] = {"model_id": row["model_id"], "server_id": row["id"]}
-    fleet.event(
+    server_rows.event(
         manager.store, time.time(), "estimate", message, gpu_uuid=gpu_uuid, level=level, **where
     )
 
@@ -267,7 +268,7 @@ def _named(manager: Manager, part: Row) -> str:
     for gpu in manager.gpus.gpus if manager.gpus else ():
         if gpu.uuid == part["device"]:
             return f"GPU {gpu.index}"
-    return "the host" if part["device"] == measured.HOST else str(part["device"])
+    return "the host" if part["device"] == measurements.HOST else str(part["device"])
 
 
 def _mib(size_bytes: int) -> str:

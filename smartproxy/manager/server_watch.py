@@ -11,7 +11,7 @@ from typing import Any
 import requests
 
 from smartproxy.manager.context import Manager
-from smartproxy.state import fleet
+from smartproxy.state import servers as server_rows
 from smartproxy.state.store import Row
 from smartproxy.types import ServerState
 
@@ -25,13 +25,13 @@ LOG_LIMIT_BYTES = 64 << 20
 
 def watch(manager: Manager) -> None:
     """Write what every ready server says of itself; one that does not answer keeps its last."""
-    ready = [r for r in fleet.live_servers(manager.store) if r["state"] == ServerState.READY]
+    ready = [r for r in server_rows.live_servers(manager.store) if r["state"] == ServerState.READY]
     if not ready:
         return
     with ThreadPoolExecutor(max_workers=min(8, len(ready))) as pool:
         for row, seen in zip(ready, pool.map(_ask, ready), strict=True):
             if seen:
-                fleet.update_server(manager.store, row["id"], seen)
+                server_rows.update_server(manager.store, row["id"], seen)
 
 
 def _ask(row: Row) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _columns(row: Row, metrics: dict[str, float], slots: list[dict[str, Any]]) -
 def trim_logs(manager: Manager, keep: int = 100) -> None:
     """Cut logs that grew too long and delete all but the newest of ended servers."""
     logs = sorted(manager.log_dir.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    live = {row["log_path"] for row in fleet.live_servers(manager.store)}
+    live = {row["log_path"] for row in server_rows.live_servers(manager.store)}
     for path in logs[:-keep]:
         if str(path) not in live:
             path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from smartproxy.manager import lingering, needs
 from smartproxy.manager.context import Manager, Shortage
 from smartproxy.memory.types import Estimate, Layout, Need
 from smartproxy.planner.reasons import gb
-from smartproxy.state import fleet
+from smartproxy.state import servers as server_rows
 from smartproxy.state.store import Row
 from smartproxy.types import MIB, ServerState
 
@@ -75,7 +75,7 @@ def try_again(manager: Manager, server_id: int, spec: ModelSpec, error: OutOfGpu
         return False
     if not _stop(manager, server_id, ServerState.STARTING, ServerState.STOPPING, str(error)):
         return True  # it was being stopped on purpose
-    shares = fleet.assignments(manager.store).get(server_id, [])
+    shares = server_rows.assignments(manager.store).get(server_id, [])
     _await_memory(manager, server_id)
     raised_bytes = before.raised_bytes
     taken = _taken_by_others(manager, shares)
@@ -104,7 +104,7 @@ def numbers(manager: Manager, server_id: int) -> str:
     parts = [
         f"GPU {share['gpu_index']} was to give {gb(share['estimated_bytes'])} and has"
         f" {gb(free.get(share['gpu_uuid'], 0))} free now"
-        for share in fleet.assignments(manager.store).get(server_id, [])
+        for share in server_rows.assignments(manager.store).get(server_id, [])
     ]
     return "; ".join(parts)
 
@@ -112,7 +112,9 @@ def numbers(manager: Manager, server_id: int) -> str:
 def _stop(
     manager: Manager, server_id: int, before: ServerState, after: ServerState, reason: str
 ) -> bool:
-    return fleet.transition(manager.store, server_id, before, after, now=time.time(), reason=reason)
+    return server_rows.transition(
+        manager.store, server_id, before, after, now=time.time(), reason=reason
+    )
 
 
 def _await_memory(manager: Manager, server_id: int) -> None:

@@ -11,8 +11,9 @@ from smartproxy.manager import lessons, lingering, needs, shortage
 from smartproxy.manager import use as recent_use
 from smartproxy.manager.context import Manager
 from smartproxy.planner.types import Hold, PlanSettings, RunningServer, Snapshot, WaitingLoad
-from smartproxy.state import demand, fleet
-from smartproxy.state.demand import Demand
+from smartproxy.state import demands as demand_rows
+from smartproxy.state import servers as server_rows
+from smartproxy.state.demands import Demand
 from smartproxy.state.store import Row
 from smartproxy.types import MIB, ServerState
 
@@ -23,8 +24,8 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
     Demands whose model's need can't be known (its file is missing or unreadable) are answered with
     that reason here and do not reach the planner.
     """
-    live = fleet.live_servers(manager.store)
-    promised = fleet.assignments(manager.store)
+    live = server_rows.live_servers(manager.store)
+    promised = server_rows.assignments(manager.store)
     recent_use.count(manager.store, manager.recent, now)
     lingering.note_others(manager, live, promised)
     gpus = manager.gpus.gpus if manager.gpus else None
@@ -137,9 +138,11 @@ def _refuse_unreadable(
     manager: Manager, model_id: str, demands: list[Demand], error: SmartProxyError, now: float
 ) -> None:
     ids = [wish.id for wish in demands if wish.kind == "load" and wish.model_id == model_id]
-    demand.answer(manager.store, ids, now=now, error_code="model_load_failed", message=str(error))
+    demand_rows.answer(
+        manager.store, ids, now=now, error_code="model_load_failed", message=str(error)
+    )
     manager.preload.discard(model_id)
-    fleet.event(manager.store, now, "load", f"model '{model_id}': {error}", model_id=model_id)
+    server_rows.event(manager.store, now, "load", f"model '{model_id}': {error}", model_id=model_id)
 
 
 def idle_too_long(
@@ -147,7 +150,7 @@ def idle_too_long(
 ) -> Iterator[tuple[str, float]]:
     """Yield model and idle seconds of ready servers past their ttl that nobody uses or wants."""
     wanted = {wish.model_id for wish in demands if wish.kind == "load"}
-    for row in fleet.live_servers(manager.store):
+    for row in server_rows.live_servers(manager.store):
         spec = manager.catalog.models.get(row["model_id"])
         idle_s = now - row["used_at"]
         if (

@@ -15,14 +15,14 @@ from smartproxy.manager.context import Manager
 from smartproxy.manager.failed_gpus import leave_failed_gpus
 from smartproxy.manager.snapshot import idle_too_long, snapshot
 from smartproxy.planner.plan import plan
-from smartproxy.state import demand
+from smartproxy.state import demands as demand_rows
 
 
 def tick(manager: Manager, now: float) -> bool:
     """Make one pass. Returns whether models wait for room, so that the next pass comes soon."""
     notice_exits(manager, now)
     leave_failed_gpus(manager, now)
-    demands = answer_settled(manager, demand.open_demands(manager.store), now)
+    demands = answer_settled(manager, demand_rows.open_demands(manager.store), now)
     for wish in demands:
         if wish.kind == "unload":
             unload(manager, wish.model_id, "unloaded by request", now)

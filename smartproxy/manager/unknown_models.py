@@ -26,7 +26,7 @@ from smartproxy.manager.served import file_key, loaded_of, options_key, settings
 from smartproxy.memory.estimate import Loaded, make_need
 from smartproxy.memory.types import Layout
 from smartproxy.planner.types import GpuShare, Placement
-from smartproxy.state import measured
+from smartproxy.state import measurements
 from smartproxy.types import GIB, MIB, Gpu
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def ask_about_unknown(manager: Manager) -> None:
 
 
 def _known(manager: Manager, spec: ModelSpec, key: str) -> bool:
-    rows = measured.of_file(manager.store, file_key(spec), manager.binary.build)
+    rows = measurements.of_file(manager.store, file_key(spec), manager.binary.build)
     return any(row["settings_key"] == key and row["buffers_bytes"] for row in rows)
 
 

@@ -12,7 +12,7 @@ from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, from_code
 from smartproxy.lifetime import worker_id
 from smartproxy.proxy.ensure import MANAGER_PATIENCE_S, send_poke
 from smartproxy.proxy.pages import view
-from smartproxy.state import demand
+from smartproxy.state import demands as demand_rows
 from smartproxy.state.store import Store
 
 LOOK_EVERY_S = 0.02
@@ -38,21 +38,21 @@ def ask_manager(store: Store, state_dir: Path, question: Question) -> dict[str, 
     kind, model_id = question.kind, question.model_id
     worker, now = worker_id(), time.time()
     try:
-        demand_id = demand.ask(store, kind, model_id, worker, now=now, explicit=True)
+        demand_id = demand_rows.ask(store, kind, model_id, worker, now=now, explicit=True)
     except sqlite3.Error as error:
         raise ManagerDown(f"the state file can't be written: {error}") from None
     try:
         send_poke(state_dir, kind.encode())
         return _await(store, worker, demand_id, question)
     finally:
-        demand.withdraw(store, [demand_id])
+        demand_rows.withdraw(store, [demand_id])
 
 
 def _await(store: Store, worker: str, demand_id: int, question: Question) -> dict[str, Any]:
-    deadline, renew_at = time.monotonic() + question.limit_s, time.monotonic() + demand.RENEW_S
+    deadline, renew_at = time.monotonic() + question.limit_s, time.monotonic() + demand_rows.RENEW_S
     silent_since: float | None = None
     while True:
-        answer = demand.read_answers(store, [demand_id]).get(demand_id)
+        answer = demand_rows.read_answers(store, [demand_id]).get(demand_id)
         if answer is not None:
             if answer.error_code:
                 raise from_code(answer.error_code, answer.message or "")
@@ -73,6 +73,6 @@ def _await(store: Store, worker: str, demand_id: int, question: Question) -> dic
         elif now - silent_since > question.patience_s:
             raise ManagerDown(f"the manager does not answer; '{question.kind}' was not done")
         if now > renew_at:
-            demand.renew(store, worker, now=time.time())
-            renew_at = now + demand.RENEW_S
+            demand_rows.renew(store, worker, now=time.time())
+            renew_at = now + demand_rows.RENEW_S
         time.sleep(LOOK_EVERY_S)

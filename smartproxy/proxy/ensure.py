@@ -24,8 +24,8 @@ from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, SmartProxy
 from smartproxy.lifetime import worker_id
 from smartproxy.proxy.file_watch import Moves
 from smartproxy.proxy.relay.relay import Grant
-from smartproxy.state import demand
-from smartproxy.state.demand import Route
+from smartproxy.state import demands as demand_rows
+from smartproxy.state.demands import Route
 from smartproxy.state.store import Store
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ class Broker:
 
     async def _write_lease(self, server_id: int) -> bool:
         return await self._write(
-            lambda: demand.take_lease(self._store, self._worker, server_id, now=time.time())
+            lambda: demand_rows.take_lease(self._store, self._worker, server_id, now=time.time())
         )
 
     def _give_back(self, server_id: int, used_at: float) -> None:
@@ -140,7 +140,7 @@ class Broker:
         del self._in_flight[server_id]
         # the writer is one thread: a new lease on this server can only be written after this
         self._writer.submit(
-            demand.release_lease, self._store, self._worker, server_id, last_used_at=used_at
+            demand_rows.release_lease, self._store, self._worker, server_id, last_used_at=used_at
         )
 
     def _keep_renewing(self) -> None:
@@ -150,9 +150,11 @@ class Broker:
     async def _renew(self) -> None:
         """Renew leases and demands while there are any."""
         while True:
-            await asyncio.sleep(demand.RENEW_S)
+            await asyncio.sleep(demand_rows.RENEW_S)
             try:
-                await self._write(lambda: demand.renew(self._store, self._worker, now=time.time()))
+                await self._write(
+                    lambda: demand_rows.renew(self._store, self._worker, now=time.time())
+                )
             except sqlite3.Error as error:
                 logger.warning("leases not renewed: %s", error)
 
@@ -176,10 +178,10 @@ class Broker:
             version = self._store.data_version()
             if version == self._data_version and self._generation >= 0:
                 return
-            view = demand.manager_view(self._store)
+            view = demand_rows.manager_view(self._store)
             self._data_version = version
             if view.generation != self._generation:
-                self._routes = demand.routes(self._store)
+                self._routes = demand_rows.routes(self._store)
                 self._generation = view.generation
         except sqlite3.Error as error:
             logger.warning("state file can't be read: %s", error)
@@ -190,7 +192,7 @@ class Broker:
 
     def _withdraw(self, asked: asyncio.Task[int]) -> None:
         if not asked.cancelled() and asked.exception() is None:
-            self._writer.submit(demand.withdraw, self._store, [asked.result()])
+            self._writer.submit(demand_rows.withdraw, self._store, [asked.result()])
 
     async def _ask(self, model_id: str) -> int:
         """Insert the demand and wake the manager; a file that is not there yet is its to make."""
@@ -204,7 +206,7 @@ class Broker:
         while True:
             try:
                 return await self._write(
-                    lambda: demand.ask(
+                    lambda: demand_rows.ask(
                         self._store,
                         "load",
                         model_id,
@@ -241,12 +243,12 @@ class Broker:
             await self._moves.after(version, within_s=LOOK_ANYWAY_S)
 
     def _raise_answer(self, demand_id: int) -> None:
-        answer = demand.read_answers(self._store, [demand_id]).get(demand_id)
+        answer = demand_rows.read_answers(self._store, [demand_id]).get(demand_id)
         if answer and answer.error_code:
             raise from_code(answer.error_code, answer.message or "")
 
     def _check_manager(self, model_id: str, now: float, silent_since: float | None) -> float | None:
-        view = demand.manager_view(self._store)
+        view = demand_rows.manager_view(self._store)
         if view.stopping:
             raise ShuttingDown("the proxy is being stopped")
         if view.heartbeat_at and time.time() - view.heartbeat_at < HEARTBEAT_STALE_S:

@@ -11,7 +11,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from smartproxy.state import counts, fleet
+from smartproxy.state import counts
+from smartproxy.state import servers as server_rows
 from smartproxy.state.store import Row, Store
 from smartproxy.types import GpuState
 
@@ -55,7 +56,7 @@ def gpus(store: Store) -> Iterator[Metric]:
         column: GaugeMetricFamily(f"smartproxy_gpu_{name}", told, labels=["gpu", "uuid"])
         for column, (name, told) in readings.items()
     }
-    reserved = fleet.reserved_bytes(store)
+    reserved = server_rows.reserved_bytes(store)
     for row in store.read("SELECT * FROM gpus ORDER BY gpu_index"):
         labels = [str(row["gpu_index"]), row["uuid"]]
         healthy = row["state"] != GpuState.ERROR
@@ -86,8 +87,8 @@ def servers(store: Store) -> Iterator[Metric]:
     slots = GaugeMetricFamily(
         "smartproxy_server_slots", "Slots of a loaded model.", labels=["model", "kind"]
     )
-    shares = fleet.assignments(store)
-    for row in fleet.live_servers(store):
+    shares = server_rows.assignments(store)
+    for row in server_rows.live_servers(store):
         model = row["model_id"]
         for gpu, size in _parts(row, shares.get(row["id"], [])):
             for kind, value in size.items():
@@ -162,7 +163,7 @@ def manager(store: Store) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "smartproxy_queue_length", "Requests that wait for a model to load.", value=waiting["n"]
     )
-    decided = fleet.manager_row(store)["decision_s"]
+    decided = server_rows.manager_row(store)["decision_s"]
     if decided is not None:
         yield GaugeMetricFamily(
             "smartproxy_decision_seconds",

@@ -10,7 +10,7 @@ from typing import Any
 
 from smartproxy.config.settings import Settings
 from smartproxy.proxy.pages import view
-from smartproxy.state import fleet
+from smartproxy.state import servers as server_rows
 from smartproxy.state.store import Row, Store
 from smartproxy.types import GIB
 
@@ -30,9 +30,9 @@ def status(store: Store, settings: Settings) -> dict[str, Any]:
 
 def _servers(store: Store, listed: list[dict[str, Any]], now: float) -> list[dict[str, Any]]:
     """Join each listed server with what it takes and what it does."""
-    rows = {str(row["id"]): row for row in fleet.listed_servers(store, now=now)}
-    live = {row["id"]: row for row in fleet.live_servers(store)}
-    shares = fleet.assignments(store)
+    rows = {str(row["id"]): row for row in server_rows.listed_servers(store, now=now)}
+    live = {row["id"]: row for row in server_rows.live_servers(store)}
+    shares = server_rows.assignments(store)
     joined = []
     for server in listed:
         row = rows.get(server["id"])
@@ -86,7 +86,7 @@ def _memory(row: Row, shares: list[Row]) -> dict[str, Any]:
 
 
 def _gpus(store: Store, settings: Settings) -> list[dict[str, Any]]:
-    reserved = fleet.reserved_bytes(store)
+    reserved = server_rows.reserved_bytes(store)
     return [
         {**gpu.model_dump(mode="json"), "reserved_memory": reserved.get(gpu.uuid or "", 0) / GIB}
         for gpu in view.pool(store, settings).gpu_list
@@ -105,7 +105,7 @@ def _queue(store: Store) -> list[dict[str, Any]]:
         }
         for row in store.read(
             "SELECT l.*, s.reason FROM loads l LEFT JOIN servers s ON s.model_id = l.model"
-            f" AND s.state IN {fleet.LIVE} ORDER BY l.waiting_s DESC"
+            f" AND s.state IN {server_rows.LIVE} ORDER BY l.waiting_s DESC"
         )
     ]
 

@@ -17,7 +17,8 @@ from smartproxy.entities import (
     pool_status,
     status_of,
 )
-from smartproxy.state import demand, fleet
+from smartproxy.state import demands as demand_rows
+from smartproxy.state import servers as server_rows
 from smartproxy.state.store import Row, Store
 from smartproxy.types import GIB, GpuState, ServerState
 
@@ -34,9 +35,10 @@ MODEL_STATUS = {
 
 def servers(store: Store, *, now: float) -> list[Server]:
     """Return the listed servers (live ones, and failed ones for a while)."""
-    promised = fleet.assignments(store)
+    promised = server_rows.assignments(store)
     return [
-        server(row, promised.get(row["id"], [])) for row in fleet.listed_servers(store, now=now)
+        server(row, promised.get(row["id"], []))
+        for row in server_rows.listed_servers(store, now=now)
     ]
 
 
@@ -76,7 +78,7 @@ def pool(store: Store, settings: Settings) -> GPUPoolStatus:
     models: dict[str, list[str]] = {}
     for row in store.read(
         "SELECT a.gpu_uuid, s.model_id FROM assignments a JOIN servers s ON s.id = a.server_id"
-        f" WHERE s.state IN {fleet.LIVE}"
+        f" WHERE s.state IN {server_rows.LIVE}"
     ):
         models.setdefault(row["gpu_uuid"], []).append(row["model_id"])
     processes: dict[str, list[GPUProcess]] = {}
@@ -98,7 +100,7 @@ def pool(store: Store, settings: Settings) -> GPUPoolStatus:
         _gpu(row, models.get(row["uuid"], []), processes.get(row["uuid"], []))
         for row in store.read("SELECT * FROM gpus ORDER BY gpu_index")
     ]
-    boss = fleet.manager_row(store)
+    boss = server_rows.manager_row(store)
     return pool_status(
         gpus,
         settings.gpu_allocation_strategy,
@@ -145,14 +147,14 @@ UNKNOWN_MANAGER: dict[str, Any] = {
 
 def manager(store: Store, *, now: float) -> dict[str, Any]:
     """Return what is known of the manager; alive = it gave a sign lately."""
-    row = fleet.manager_row(store)
+    row = server_rows.manager_row(store)
     age_s = now - row["heartbeat_at"] if row["heartbeat_at"] else None
     return {
         "pid": row["pid"],
         "alive": age_s is not None and age_s < HEARTBEAT_STALE_S,
         "heartbeat_age": round(age_s, 3) if age_s is not None else None,
         "started_at": row["started_at"],
-        "stopping": demand.manager_view(store).stopping,
+        "stopping": demand_rows.manager_view(store).stopping,
         "llama_server": row["llama_server"],
         "build": row["build"],
     }
@@ -175,7 +177,7 @@ def health(store: Store, settings: Settings) -> dict[str, Any]:
     now = time.time()
     listed, gpus, boss = servers(store, now=now), pool(store, settings), manager(store, now=now)
     why = reasons(listed, gpus, boss)
-    row = fleet.manager_row(store)
+    row = server_rows.manager_row(store)
     body: dict[str, Any] = {
         "status": "degraded" if why else "ok",
         "mode": row["mode"] or "cpu",
@@ -195,7 +197,7 @@ def health(store: Store, settings: Settings) -> dict[str, Any]:
 def model_list(store: Store, catalog: Catalog) -> list[dict[str, Any]]:
     """Return the catalogue in OpenAI's shape, each with what we know under `smartproxy`."""
     known = {row["id"]: row for row in store.read("SELECT * FROM models")}
-    by_model = {row["model_id"]: row for row in fleet.listed_servers(store, now=time.time())}
+    by_model = {row["model_id"]: row for row in server_rows.listed_servers(store, now=time.time())}
     return [
         _model(spec, known.get(spec.id), by_model.get(spec.id)) for spec in catalog.models.values()
     ]
