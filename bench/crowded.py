@@ -25,7 +25,7 @@ from smartproxy.planner.types import (
     WaitingLoad,
 )
 from smartproxy.types import GIB, MIB, Gpu, ServerState
-from tests import gguf_files, gguf_models
+from tests.support import gguf_files, gguf_models
 
 NOW = 1_000_000.0
 GPUS, MODELS, LOADED = 8, 200, 50

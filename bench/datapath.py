@@ -27,7 +27,7 @@ from bench import stacks
 from bench.figures import PEERS, machine, ratios, summary, table
 from bench.processes import Stack, build, load, wait_for_quiet
 from smartproxy.llama.binary import find
-from tests.nginxes import NGINX
+from tests.support.nginxes import NGINX
 
 ROOT = Path(__file__).parent.parent
 LITELLM_VENV = ROOT / ".bench" / "litellm"

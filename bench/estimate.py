@@ -24,8 +24,8 @@ from smartproxy.memory.kv_cache import cache_type
 from smartproxy.memory.types import EstimateOptions, Layout, ModelMetadata
 from smartproxy.model_file.metadata import from_json, read_metadata, to_json
 from smartproxy.types import MIB
-from tests import gguf_files, gguf_models
-from tests.measured_cases import Case, all_cases, metadata_of, scratch_folder
+from tests.support import gguf_files, gguf_models
+from tests.support.measured_cases import Case, all_cases, metadata_of, scratch_folder
 
 TIMED = ("llama31-8b.Q4_K_M", "qwen25-7b.Q4_K_M", "gemma3-4b.Q4_K_M", "gptoss-20b.MXFP4")
 REPEATS = 30

@@ -8,7 +8,7 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.measured_cases import Case, metadata_of, scratch_folder
+from tests.support.measured_cases import Case, metadata_of, scratch_folder
 
 FOLDER = Path(__file__).parent.parent / ".bench" / "xllamacpp"
 CHILD = Path(__file__).parent / "estimate_xllamacpp_child.py"

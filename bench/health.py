@@ -25,10 +25,10 @@ import requests
 from tabulate import tabulate
 
 from bench.polls import Poll, percentile_ms, poll
-from tests.fakes import world as nvml
-from tests.fakes.nvml import build, environment
-from tests.fakes.world import Fault, WorldFile
-from tests.running import Proxy, fake_model, free_port, running, wait_until
+from tests.support.fakes import world as nvml
+from tests.support.fakes.nvml import build, environment
+from tests.support.fakes.world import Fault, WorldFile
+from tests.support.running import Proxy, fake_model, free_port, running, wait_until
 
 STREAMS = 16
 #: seconds between two tokens of a stream: together they are STREAMS / TOKEN_S events a second

@@ -28,7 +28,7 @@ from smartproxy.planner.types import (
 )
 from smartproxy.planner.victims import HALF_LIFE_S
 from smartproxy.types import GIB, Gpu, ServerState
-from tests.worlds import OVERHEAD_BYTES, sketch_of
+from tests.support.worlds import OVERHEAD_BYTES, sketch_of
 
 #: starting a process and reading the model
 START_S, READ_BYTES_PER_S = 2.0, 1.5 * GIB

@@ -26,10 +26,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tabulate import tabulate
 
 from bench.polls import Poll, percentile_ms, poll
-from tests.fakes import world as nvml
-from tests.fakes.nvml import build, environment
-from tests.fakes.world import GIB, WorldFile
-from tests.running import Proxy, fake_model, free_port, running
+from tests.support.fakes import world as nvml
+from tests.support.fakes.nvml import build, environment
+from tests.support.fakes.world import GIB, WorldFile
+from tests.support.running import Proxy, fake_model, free_port, running
 
 POLL_EVERY_S = 0.1
 TIMEOUT_S = 1.0

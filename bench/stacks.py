@@ -18,9 +18,9 @@ import requests
 
 from bench.processes import Stack
 from smartproxy.llama.binary import child_environment, find
-from tests.nginxes import NGINX, nginx
-from tests.running import REAL_MODEL, Proxy, free_port, running
-from tests.wire import Wire
+from tests.support.nginxes import NGINX, nginx
+from tests.support.running import REAL_MODEL, Proxy, free_port, running
+from tests.support.wire import Wire
 
 MODEL = "fake"
 START_DEADLINE_S = 180.0

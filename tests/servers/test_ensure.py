@@ -1,0 +1,72 @@
+"""What a worker writes for a request that has to wait for its model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from smartproxy.config.load import load_settings
+from smartproxy.proxy.ensure import Broker
+from smartproxy.state.migrate import create
+from smartproxy.state.store import Store
+from tests.support.running import fake_model, running, wait_until
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    made, _ = create(tmp_path / "state" / "state.db")
+    yield made
+    made.close()
+
+
+@pytest.mark.servers
+def test_a_model_is_wanted_until_the_lease_is_written(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model()}) as proxy:
+        with contextlib.closing(sqlite3.connect(proxy.state_dir / "state.db")) as file:
+            file.execute("CREATE TABLE wanted (demands INTEGER)")
+            file.execute(
+                "CREATE TRIGGER at_lease AFTER INSERT ON leases BEGIN"
+                " INSERT INTO wanted SELECT count(*) FROM demands WHERE kind = 'load'; END"
+            )
+            file.commit()
+        assert proxy.chat("m").status_code == 200
+        assert [row["demands"] for row in proxy.rows("SELECT demands FROM wanted")] == [1]
+        wait_until(lambda: proxy.rows("SELECT 1 FROM demands") == [], what="withdrawn")
+
+
+def test_a_client_that_goes_while_its_wish_is_written_leaves_none(
+    tmp_path: Path, store: Store
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"models": {"m": fake_model()}}))
+    broker = Broker(store, load_settings(path))
+
+    async def story() -> None:
+        with contextlib.closing(sqlite3.connect(store.path)) as other:
+            other.execute("BEGIN IMMEDIATE")  # its write has to wait
+            asking = asyncio.create_task(broker.acquire("m"))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            other.rollback()
+        async with asyncio.timeout(30):
+            while not written(store) or left(store):
+                await asyncio.sleep(0.005)
+
+    asyncio.run(story())
+
+
+def written(store: Store) -> bool:
+    return store.one("SELECT 1 AS yes FROM sqlite_sequence WHERE name = 'demands'") is not None
+
+
+def left(store: Store) -> bool:
+    return store.one("SELECT 1 AS yes FROM demands") is not None

@@ -1,0 +1,167 @@
+"""A whole proxy for tests: `smartproxy serve` as a user starts it, on free ports, in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import requests
+
+from smartproxy.lifetime import owned_processes
+from tests.support.paths import ROOT
+
+REAL_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+STAND_IN = ROOT / "tests" / "fakes" / "llama_server.py"
+DEADLINE_S = 60.0
+T = TypeVar("T")
+
+
+def wait_until(
+    condition: Callable[[], T], *, within_s: float = DEADLINE_S, what: str = "condition"
+) -> T:
+    """Return the first true value of a condition; fails the test at the deadline."""
+    deadline = time.monotonic() + within_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def free_pool(port: int, size: int = 4) -> int:
+    """Return a first port for servers such that the proxy's own is none of theirs."""
+    first = free_port()
+    while first + size > 65535 or first <= port < first + size:
+        first = free_port()
+    return first
+
+
+def fake_model(**knobs: Any) -> dict[str, Any]:
+    """Return the configuration of a model that the stand-in serves with these bad manners."""
+    model: dict[str, Any] = {"path": str(REAL_MODEL)}
+    if knobs:
+        said = ",".join(f"{key}={value}" for key, value in knobs.items())
+        model["args"] = ["--fake", said]
+    return model
+
+
+class Proxy:
+    """A running `smartproxy serve`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        models: Mapping[str, Any],
+        *,
+        real: bool = False,
+        env: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.state_dir = folder / "state"
+        self.log_path = folder / "serve.log"
+        self.config_path = folder / "config.json"
+        pool = {"size": 4, "port_start": free_pool(self.port)}
+        config: dict[str, Any] = {"models": models, "server_pool": pool}
+        if not real:
+            config["llama_server"] = str(STAND_IN)
+        self.config_path.write_text(json.dumps({**config, **settings}))
+        self._env = {**os.environ, **(env or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Proxy:
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "smartproxy.cli", "serve"),
+                    *("--config", str(self.config_path), "--port", str(self.port)),
+                ],
+                cwd=self.folder,
+                env=self._env,
+                stdout=log,
+                stderr=log,
+            )
+        wait_until(lambda: self.health().get("manager", {}).get("alive"), what="manager alive")
+        return self
+
+    def stop(self) -> None:
+        """End it in order, and whatever a test left of it."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(60)
+        for left in self.llama_servers():
+            left.kill()
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def health(self) -> dict[str, Any]:
+        with contextlib.suppress(requests.ConnectionError):
+            answer: dict[str, Any] = requests.get(f"{self.url}/health", timeout=30).json()
+            return answer
+        assert self.process is not None
+        assert self.process.poll() is None, self.log()
+        return {}
+
+    def chat(self, model: str, *, stream: bool = False, **more: Any) -> requests.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        return requests.post(
+            f"{self.url}/v1/chat/completions",
+            json={**body, "stream": stream, **more},
+            stream=stream,
+            timeout=60,
+        )
+
+    def rows(self, sql: str) -> list[dict[str, Any]]:
+        """Read the state file as a person would."""
+        with contextlib.closing(sqlite3.connect(self.state_dir / "state.db")) as connection:
+            connection.row_factory = sqlite3.Row
+            return [dict(row) for row in connection.execute(sql)]
+
+    def states(self) -> dict[str, str]:
+        """Return the state of each model's newest server."""
+        return {r["model_id"]: r["state"] for r in self.rows("SELECT * FROM servers ORDER BY id")}
+
+    def llama_servers(self) -> list[Any]:
+        """Return the live llama-server processes of this proxy."""
+        return owned_processes(str(self.state_dir))
+
+    def manager_pid(self) -> int:
+        pid: int = self.health()["manager"]["pid"]
+        return pid
+
+
+@contextlib.contextmanager
+def running(
+    folder: Path, models: Mapping[str, Any], *, kind: type[Proxy] = Proxy, **settings: Any
+) -> Iterator[Proxy]:
+    """Run a proxy for the length of a block; prints its log when the block fails."""
+    proxy = kind(folder, models, **settings)
+    try:
+        yield proxy.start()
+    except BaseException:
+        if proxy.log_path.exists():
+            print(proxy.log()[-8000:])
+        raise
+    finally:
+        proxy.stop()
