@@ -13,8 +13,9 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 from smartproxy.memory.estimate import Loaded, make_need
-from smartproxy.memory.types import EstimateOptions, Layout, ModelMetadata
+from smartproxy.memory.types import EstimateOptions, Layout
 from smartproxy.model_file.metadata import read_metadata
+from smartproxy.model_file.types import ModelMetadata
 from smartproxy.planner.ledger import default_overhead_bytes
 from smartproxy.planner.types import (
     Hold,

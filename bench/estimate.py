@@ -21,8 +21,9 @@ from tabulate import tabulate
 from bench import estimate_xllamacpp as xllamacpp
 from smartproxy.memory.estimate import estimate
 from smartproxy.memory.kv_cache import cache_type
-from smartproxy.memory.types import EstimateOptions, Layout, ModelMetadata
+from smartproxy.memory.types import EstimateOptions, Layout
 from smartproxy.model_file.metadata import from_json, read_metadata, to_json
+from smartproxy.model_file.types import ModelMetadata
 from smartproxy.types import MIB
 from tests.support import gguf_files, gguf_models
 from tests.support.measured_cases import Case, all_cases, metadata_of, scratch_folder

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from smartproxy.catalog.scan import FoundModel, files_problem, find_variant, parts_of, scan
+from smartproxy.catalog.scan import FoundModel, files_problem, find_variant, scan
 from smartproxy.config.settings import ModelSettings, Settings
 from smartproxy.errors import ConfigError, ModelNotFound
+from smartproxy.model_file.parts import parts_of
 from smartproxy.planner.types import Strategy
 from smartproxy.types import GIB
 

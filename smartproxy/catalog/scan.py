@@ -14,9 +14,8 @@ from pathlib import Path
 
 from smartproxy.config.values import check_model_name
 from smartproxy.model_file.kind import GgufKind, gguf_kind
+from smartproxy.model_file.parts import PART, parts_of
 
-#: llama.cpp's names of the files of one model: llama_split_path in src/llama.cpp
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 #: what tells two files of one model apart: quantization, float type, part of a name
 _FILE_TYPE = re.compile(
     r"(?<![a-z0-9])(ud|imat|i1|mmproj|(i?q|tq)\d+(_[a-z0-9]+)*|mxfp4(_moe)?|b?f16|f32)(?![a-z0-9])"
@@ -48,17 +47,6 @@ def scan(folder: Path) -> Scan:
     for files in _folders(folder, warnings):
         _scan_files(folder, files, models, warnings)
     return Scan(models=tuple(sorted(models, key=lambda model: model.id)), warnings=tuple(warnings))
-
-
-def parts_of(path: Path) -> tuple[Path, ...]:
-    """Return all files of the model that this file belongs to, the first first, there or not."""
-    match = _PART.fullmatch(path.name)
-    if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
-        return (path,)
-    return tuple(
-        path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}{path.suffix}")
-        for number in range(1, int(match["count"]) + 1)
-    )
 
 
 def files_problem(parts: Iterable[Path]) -> str | None:
@@ -133,7 +121,7 @@ def _id(folder: Path, first: Path) -> str:
 
 
 def _stem(path: Path) -> str:
-    match = _PART.fullmatch(path.name)
+    match = PART.fullmatch(path.name)
     return match["stem"] if match else path.stem
 
 

@@ -18,15 +18,9 @@ from smartproxy.commands import estimate_views
 from smartproxy.errors import MetadataError
 from smartproxy.memory.estimate import DEFAULT_OVERHEAD_BYTES, clamped_context, estimate
 from smartproxy.memory.kv_cache import CACHE_TYPES, is_quantized
-from smartproxy.memory.types import (
-    DeviceBytes,
-    Estimate,
-    EstimateOptions,
-    FlashAttention,
-    Layout,
-    ModelMetadata,
-)
+from smartproxy.memory.types import DeviceBytes, Estimate, EstimateOptions, FlashAttention, Layout
 from smartproxy.model_file.metadata import read_metadata
+from smartproxy.model_file.types import ModelMetadata
 
 #: llama.cpp takes no more shares than this (llama_max_devices)
 MAX_DEVICES = 16

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from smartproxy.memory.types import DeviceBytes, Estimate, ModelMetadata
+from smartproxy.memory.types import DeviceBytes, Estimate
+from smartproxy.model_file.types import ModelMetadata
 from smartproxy.types import GIB, MIB
 
 BAR_WIDTH = 50

@@ -1,10 +1,11 @@
-"""What a model's extra `args` mean for its memory. Pure: words in, settings out.
+"""llama-server options in a model's `args` and `env`: refused, understood or passed on. Pure.
 
-Those that the estimate can follow are taken out of the list, so that the launcher states each
-setting once; those that it can't follow are named, and make the estimate deliberately high. The
-rest does not touch memory, or touches only the host's caches, and is passed on as it stands.
-Names from `llama-server --help` of b10068 and b10434. What a configuration may not say at all
-(context, slots, layers, devices) is refused earlier, in smartproxy/config/reserved_args.py.
+Refused: what the proxy decides itself. A second value on the same command line would silently win
+over the placement that the memory was reserved for. Understood: what changes memory. The launcher
+then states each such setting once; one that no rule follows is named and makes the estimate
+deliberately high. The rest does not touch memory, or touches only the host's caches, and is passed
+on as it stands. Names from `llama-server --help` of b10068 and b10434; of newer builds -ncffn and
+--log-jsonl (the long form of -ncffn is taken by analogy).
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def read_args(args: Iterable[str]) -> ExtraArgs:
 
 def _spelled_out(word: str) -> str:
     """Return an option as llama-server's parser reads it: it takes `_` for `-` in long ones."""
-    return word.replace("_", "-") if word.startswith("--") else word
+    flag = word.split("=", 1)[0].strip()
+    return flag.replace("_", "-") if flag.startswith("--") else flag
 
 
 def _consumed(flag: str, value: str) -> tuple[dict[str, Any], bool] | None:
@@ -146,3 +148,80 @@ def _noticed(read: ExtraArgs, flag: str, value: str) -> ExtraArgs:
     if flag in _UNMODELLED:
         return replace(read, unmodelled=(*read.unmodelled, flag))
     return read
+
+
+_PROXY = "the proxy decides it"
+
+
+#: what to write instead -> every spelling of the option
+_RESERVED: Mapping[str, str] = {
+    "use the key path (or repo)": (
+        "-m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file "
+        "--models-dir --models-preset --models-max --models-autoload --no-models-autoload"
+    ),
+    "use the key mmproj": "-mm --mmproj -mmu --mmproj-url --mmproj-auto",
+    "use the key draft_model": (
+        "-md --model-draft --spec-draft-model -hfd -hfrd --hf-repo-draft --spec-draft-hf"
+    ),
+    "use the key ctx_size": "-c --ctx-size -fitc --fit-ctx",
+    "use the key parallel": "-np --parallel",
+    "use the key kv_unified": "-kvu --kv-unified -no-kvu --no-kv-unified",
+    "use the key cache_type_k": "-ctk --cache-type-k",
+    "use the key cache_type_v": "-ctv --cache-type-v",
+    "use the key gpu_layers": (
+        "-ngl --gpu-layers --n-gpu-layers -ngld --gpu-layers-draft --n-gpu-layers-draft "
+        "--spec-draft-ngl"
+    ),
+    "use the key gpus": "-dev --device -mg --main-gpu -devd --device-draft --spec-draft-device",
+    "use the keys strategy and max_gpus": "-sm --split-mode -ts --tensor-split",
+    "use the key gpu_headroom_mb": "-fit --fit -fitt --fit-target",
+    "use the key partial_offload": "-cmoe --cpu-moe -ncmoe --n-cpu-moe -ncffn --n-cpu-ffn",
+    "use the key aliases": "-a --alias",
+    "use the key embeddings": "--embedding --embeddings",
+    "use the key ttl": "--sleep-idle-seconds",
+    "use the key request_timeout": "-to --timeout",
+    "use the keys host and port for the proxy; its servers listen on loopback": (
+        "--host --port --reuse-port --api-prefix"
+    ),
+    "use the key api_keys for the proxy; its servers have keys of their own": (
+        "--api-key --api-key-file --ssl-key-file --ssl-cert-file"
+    ),
+    "the proxy keeps the server's log and reads it": "--log-disable --log-file --log-jsonl",
+    "the proxy reads what it says": "--metrics --slots --no-slots",
+    "it makes llama-server print and exit": (
+        "-h --help --usage --version -cl --cache-list --completion-bash --list-devices"
+    ),
+}
+
+
+_INSTEAD = {flag: instead for instead, flags in _RESERVED.items() for flag in flags.split()}
+
+
+_RESERVED_VARIABLES = frozenset(
+    {"CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "LLAMA_API_KEY", "LLAMA_SERVER_ROUTER_PORT"}
+)
+
+
+def args_problem(args: Iterable[str]) -> str | None:
+    """Return why these extra arguments can't be passed on, or None. Pure."""
+    for arg in args:
+        if "\0" in arg:
+            return "wants text without NUL characters"
+        flag = _spelled_out(arg)
+        if flag in _INSTEAD:
+            return f"{arg} can't stand here: {_INSTEAD[flag]}"
+        if flag.startswith("--") and flag.endswith("-default") and flag != "--spec-default":
+            return f"{arg} can't stand here: it names a model to download; use the key path"
+    return None
+
+
+def env_problem(env: Mapping[str, str]) -> str | None:
+    """Return why these variables can't be set for a server, or None. Pure; names no value."""
+    for name, value in env.items():
+        if not name.isidentifier() or not name.isascii():
+            return f"{name!r} can't name an environment variable"
+        if "\0" in value:
+            return f"{name}: wants text without NUL characters"
+        if name in _RESERVED_VARIABLES or name.startswith("LLAMA_ARG_"):
+            return f"{name} can't be set here: {_PROXY}; use this model's keys and args"
+    return None

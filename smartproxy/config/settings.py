@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from smartproxy.config.reserved_args import args_problem, env_problem
+from smartproxy.config.server_args import args_problem, env_problem
 from smartproxy.config.values import (
     ApiKey,
     CacheBits,

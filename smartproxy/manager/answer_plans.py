@@ -13,8 +13,8 @@ from smartproxy.manager import needs, shortage
 from smartproxy.manager.context import Manager
 from smartproxy.memory.types import DeviceBytes, Estimate, Layout
 from smartproxy.planner import shapes
+from smartproxy.planner.explain import explain
 from smartproxy.planner.ledger import overhead_bytes
-from smartproxy.planner.plan import explain
 from smartproxy.planner.types import (
     CandidateGpu,
     Evict,

@@ -14,7 +14,8 @@ from smartproxy.manager.context import Manager
 from smartproxy.manager.served import loaded_of, metadata_of
 from smartproxy.memory.correct import at_least, corrected, overridden
 from smartproxy.memory.estimate import make_need
-from smartproxy.memory.types import Layout, ModelMetadata, Need
+from smartproxy.memory.types import Layout, Need
+from smartproxy.model_file.types import ModelMetadata
 from smartproxy.planner.types import PlacePolicy
 
 logger = logging.getLogger(__name__)

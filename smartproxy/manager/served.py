@@ -18,9 +18,10 @@ from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.config.server_args import ExtraArgs, read_args
 from smartproxy.errors import LoadFailed, MetadataError
 from smartproxy.memory.estimate import Loaded, with_flash_attn_resolved
-from smartproxy.memory.projector import read_projector
-from smartproxy.memory.types import EstimateOptions, FlashAttention, Layout, ModelMetadata
+from smartproxy.memory.projector import projector
+from smartproxy.memory.types import EstimateOptions, FlashAttention, Layout
 from smartproxy.model_file import metadata as gguf_metadata
+from smartproxy.model_file.types import ModelMetadata
 from smartproxy.state.store import Store
 
 logger = logging.getLogger(__name__)
@@ -89,13 +90,13 @@ def _with_projector(options: EstimateOptions, spec: ModelSpec, extra: ExtraArgs)
         return options
     try:
         flash = options.flash_attn is FlashAttention.ON
-        projector = read_projector(spec.mmproj, flash=flash)
+        takes = projector(*gguf_metadata.projector_header(spec.mmproj), flash=flash)
     except OSError as error:
         raise LoadFailed(f"model '{spec.id}': {spec.mmproj}: {error.strerror}") from None
     return replace(
         options,
-        projector_bytes=projector.weights_bytes,
-        projector_compute_bytes=projector.compute_bytes,
+        projector_bytes=takes.weights_bytes,
+        projector_compute_bytes=takes.compute_bytes,
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from smartproxy.memory.kv_cache import CacheShape
-from smartproxy.memory.types import ModelMetadata
+from smartproxy.model_file.types import ModelMetadata
 from smartproxy.types import MIB
 
 #: head sizes for which CUDA has a flash attention kernel (fattn.cu, get_best_kernel)

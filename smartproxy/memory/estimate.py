@@ -26,14 +26,8 @@ from smartproxy.memory.layout import (
     with_flash_attn_resolved,
 )
 from smartproxy.memory.streaming import streaming_bytes
-from smartproxy.memory.types import (
-    DeviceBytes,
-    Estimate,
-    EstimateOptions,
-    Layout,
-    ModelMetadata,
-    Need,
-)
+from smartproxy.memory.types import DeviceBytes, Estimate, EstimateOptions, Layout, Need
+from smartproxy.model_file.types import ModelMetadata
 from smartproxy.types import MIB
 
 __all__ = [

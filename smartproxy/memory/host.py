@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from smartproxy.memory.compute_buffer import device_bytes, mask_bytes, state_space_bytes
 from smartproxy.memory.layer_split import HOST
 from smartproxy.memory.layout import LaidOut
-from smartproxy.memory.types import DeviceBytes, FileSpan, LayerTensors
+from smartproxy.memory.types import DeviceBytes
+from smartproxy.model_file.types import FileSpan, LayerTensors
 
 _F32 = 4
 _PIPELINE_COPIES = 4

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from smartproxy.errors import UnknownCacheType
-from smartproxy.memory.types import EstimateOptions, ModelMetadata
+from smartproxy.memory.types import EstimateOptions
+from smartproxy.model_file.types import ModelMetadata
 
 #: cache type -> (elements per block, bytes per block)
 CACHE_TYPES: Mapping[str, tuple[int, int]] = {

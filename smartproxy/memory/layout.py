@@ -15,7 +15,8 @@ from smartproxy.memory.kv_cache import (
     layer_caches,
 )
 from smartproxy.memory.layer_split import HOST, layer_devices
-from smartproxy.memory.types import EstimateOptions, FlashAttention, Layout, ModelMetadata
+from smartproxy.memory.types import EstimateOptions, FlashAttention, Layout
+from smartproxy.model_file.types import ModelMetadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

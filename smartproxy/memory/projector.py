@@ -10,12 +10,9 @@ Source: llama.cpp b11434, tools/mtmd/clip.cpp (warm-up sizes, hyperparameters).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 from smartproxy.memory.compute_buffer import FLASH_HEAD_LENGTHS
 from smartproxy.model_file.header import Header
-from smartproxy.model_file.metadata import read_header
 
 _F32 = 4
 #: projectors that take pictures of any size are tried with 46 x 46 merged patches of 2 x 2
@@ -31,20 +28,13 @@ class Projector:
     compute_bytes: int
 
 
-def read_projector(path: Path, *, flash: bool) -> Projector:
-    """Return what a projector file takes; raises MetadataError or OSError where it can't be read.
+def projector(header: Header, file_bytes: int, *, flash: bool) -> Projector:
+    """Return what the projector of a file takes.
 
     flash: flash attention is on for the server; towers without a kernel for it run without.
     """
-    stat = path.stat()
-    return _read(path, (stat.st_size, stat.st_mtime_ns), flash)
-
-
-@lru_cache(maxsize=64)
-def _read(path: Path, stamp: tuple[int, int], flash: bool) -> Projector:
-    header = read_header(path)
     graphs = (_vision_bytes(header, flash=flash), _sound_bytes(header, flash=flash))
-    return Projector(weights_bytes=stamp[0], compute_bytes=max(graphs))
+    return Projector(weights_bytes=file_bytes, compute_bytes=max(graphs))
 
 
 def _vision_bytes(header: Header, *, flash: bool) -> int:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from smartproxy.memory.compute_buffer import attention_bytes, device_bytes, mask_bytes
 from smartproxy.memory.layer_split import HOST
 from smartproxy.memory.layout import LaidOut
-from smartproxy.memory.types import LayerTensors
+from smartproxy.model_file.types import LayerTensors
 
 #: the largest expert tensor and what its copying takes beside it, measured: 0.84 to 1.03
 _EXPERT_FACTOR = 1.15

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import mmap
 
-from gguf import GGUFValueType
-
 Buffer = bytes | mmap
 
 MAX_KEYS = 1 << 16
@@ -35,21 +33,13 @@ LONGEST_STRING_BYTES = 64
 MIN_JUMPED = 64
 
 _MAGIC = b"GGUF"
-_FORMATS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
+#: bytes of a value by its type's number (ggml/include/gguf.h, enum gguf_type); the numbers stand
+#: here because importing the gguf package costs 30 MB, and workers look at file heads too
+SCALARS = {
+    number: struct.Struct("<" + code)
+    for number, code in zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
 }
-_SCALARS = {int(kind): struct.Struct("<" + code) for kind, code in _FORMATS.items()}
-_STRING, _ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
+STRING, ARRAY = 8, 9
 _U32, _U64, _KIND_COUNT = struct.Struct("<I"), struct.Struct("<Q"), struct.Struct("<IQ")
 #: seven zero bytes: the high bytes of a key's length, which precede the key itself
 _SHORT_LENGTH = b"\0" * 7
@@ -143,11 +133,11 @@ def _keys(data: Buffer, count: int, soon: Soon | None) -> tuple[dict[str, Value]
         key, at = _text(data, at, MAX_KEY_BYTES, "a key")
         (kind,) = _U32.unpack_from(data, at)
         at += 4
-        if kind == _ARRAY:
+        if kind == ARRAY:
             # after the last key come tensors of any name: nothing to look for
             jumps = None if index + 1 == count else soon
             keys[key], at = _array(data, at, key, (starts, jumps))
-        elif kind == _STRING:
+        elif kind == STRING:
             keys[key], at = _text(data, at, len(data), key)
         else:
             scalar = _scalar(kind, key)
@@ -159,7 +149,7 @@ def _keys(data: Buffer, count: int, soon: Soon | None) -> tuple[dict[str, Value]
 
 
 def _scalar(kind: int, key: str) -> struct.Struct:
-    scalar = _SCALARS.get(kind)
+    scalar = SCALARS.get(kind)
     if scalar is None:
         raise BadHeader(f"{key!r} has the unknown value type {kind}")
     return scalar
@@ -180,9 +170,9 @@ def _array(
     at += 12
     if count > MAX_ARRAY:
         raise BadHeader(f"{key!r} claims {count} elements (at most {MAX_ARRAY})")
-    if kind == _ARRAY:
+    if kind == ARRAY:
         raise BadHeader(f"{key!r} is an array of arrays, which llama.cpp does not read")
-    if kind == _STRING:
+    if kind == STRING:
         starts, soon = search
         if soon is not None and count > MIN_JUMPED:
             at += LEAST_STRING_BYTES * count

@@ -6,11 +6,9 @@ import struct
 from enum import StrEnum
 from pathlib import Path
 
+from smartproxy.model_file.header import SCALARS, STRING
+
 _HEAD_BYTES = 4096
-#: GGUF value types: bytes of the fixed-size ones; 8 is text, 9 an array
-#: (ggml/include/gguf.h, enum gguf_type)
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_TEXT = 8
 
 
 class GgufKind(StrEnum):
@@ -52,10 +50,10 @@ def _first_texts(path: Path) -> dict[str, str]:
             key, position = _text(head, position)
             (type_,) = struct.unpack_from("<I", head, position)
             position += 4
-            if type_ == _TEXT:
+            if type_ == STRING:
                 texts[key], position = _text(head, position)
             else:
-                position += _SIZES[type_]
+                position += SCALARS[type_].size
     except (struct.error, KeyError, UnicodeDecodeError):
         return texts
 

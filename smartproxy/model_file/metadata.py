@@ -10,16 +10,16 @@ import dataclasses
 import json
 import os
 import re
-from functools import partial
+from functools import lru_cache, partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
 from smartproxy.errors import MetadataError
-from smartproxy.memory.types import FileSpan, LayerTensors, ModelMetadata
 from smartproxy.model_file import architectures, keys
 from smartproxy.model_file.header import BadHeader, Header, parse_header
 from smartproxy.model_file.tensors import TensorSums, sum_tensors
+from smartproxy.model_file.types import FileSpan, LayerTensors, ModelMetadata
 
 MAX_PARTS = 999
 #: what is left of a vocabulary's tokens, or merges, after the jump over most of them
@@ -44,6 +44,20 @@ def read_metadata(path: Path) -> ModelMetadata:
 def read_header(path: Path) -> Header:
     """Return one file's header as it stands; raises MetadataError."""
     return _read_header(path)[0]
+
+
+def projector_header(path: Path) -> tuple[Header, int]:
+    """Return a projector file's header and its bytes on disk; read again only when it changed.
+
+    Raises MetadataError or OSError where it can't be read.
+    """
+    stat = path.stat()
+    return _header_of(path, (stat.st_size, stat.st_mtime_ns)), stat.st_size
+
+
+@lru_cache(maxsize=64)
+def _header_of(path: Path, _stamp: tuple[int, int]) -> Header:
+    return read_header(path)
 
 
 def is_projector(path: Path) -> bool:

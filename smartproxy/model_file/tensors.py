@@ -12,9 +12,9 @@ from math import prod
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from smartproxy.memory.types import FileSpan, LayerTensors
 from smartproxy.model_file.architectures import ENCODERS, is_input_tensor
 from smartproxy.model_file.header import BadHeader, Header, TensorInfo
+from smartproxy.model_file.types import FileSpan, LayerTensors
 
 #: type number -> (weights per block, bytes per block)
 BLOCKS = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}

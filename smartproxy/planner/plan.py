@@ -16,26 +16,20 @@ from __future__ import annotations
 from smartproxy.planner import victims
 from smartproxy.planner.booking import (
     Cost,
-    Verdict,
     Work,
     is_idle,
     open_work,
     resident_until,
-    wish_of,
 )
-from smartproxy.planner.candidates import candidates
 from smartproxy.planner.decide import decide
 from smartproxy.planner.types import (
     Decision,
     Evict,
-    Explanation,
     Refuse,
     Snapshot,
     Start,
     Wait,
-    WaitingLoad,
 )
-from smartproxy.types import ServerState
 
 
 def plan(snapshot: Snapshot, *, cost: Cost = victims.cost) -> Decision:
@@ -50,49 +44,6 @@ def plan(snapshot: Snapshot, *, cost: Cost = victims.cost) -> Decision:
         waits=tuple(action for action in actions if isinstance(action, Wait)),
         refusals=tuple(action for action in actions if isinstance(action, Refuse)),
     )
-
-
-def explain(snapshot: Snapshot, load: WaitingLoad) -> Explanation:
-    """Return what would happen to this load now, as the youngest unless it waits already."""
-    work = open_work(snapshot, victims.cost)
-    for older in snapshot.loads:
-        if older.model_id == load.model_id:
-            load = older
-            break
-        decide(work, older)
-    gpus = candidates(work, wish_of(work, load))
-    verdict = decide(work, load)
-    loaded = work.live.get(load.model_id)
-    ready = loaded is not None and loaded.state is ServerState.READY
-    return Explanation(
-        model_id=load.model_id,
-        action="loaded" if ready else _name(verdict),
-        reason=_reason(verdict),
-        placement=verdict.placement,
-        candidates=gpus,
-        evictions=verdict.evictions,
-        code=None if ready else _code(verdict),
-    )
-
-
-def _name(verdict: Verdict) -> str:
-    if verdict.evictions:
-        return "evict"
-    return {Start: "start", Wait: "wait", Refuse: "refuse"}[type(verdict.action)]
-
-
-def _reason(verdict: Verdict) -> str:
-    action = verdict.action
-    if isinstance(action, Start):
-        return action.placement.reason
-    return action.reason if isinstance(action, Wait) else action.message
-
-
-def _code(verdict: Verdict) -> str | None:
-    action = verdict.action
-    if isinstance(action, Start):
-        return None
-    return action.code_at_timeout if isinstance(action, Wait) else action.code
 
 
 def _back_to_gpu(work: Work) -> list[Evict]:

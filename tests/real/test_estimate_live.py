@@ -17,9 +17,9 @@ import pytest
 
 from smartproxy.llama.buffer_lines import HOST, measured_buffers
 from smartproxy.memory.estimate import Loaded, estimate, predictor
-from smartproxy.memory.projector import read_projector
+from smartproxy.memory.projector import projector
 from smartproxy.memory.types import DeviceBytes, EstimateOptions, FlashAttention, Layout
-from smartproxy.model_file.metadata import read_metadata
+from smartproxy.model_file.metadata import projector_header, read_metadata
 from smartproxy.types import MIB
 from tests.support import gguf_files, gguf_projectors, gguf_shapes
 from tests.support.measured_cases import REAL_MODEL, to_mib
@@ -162,7 +162,7 @@ def test_a_projector_takes_what_was_predicted(heads: int, flash: bool, tmp_path:
     measured = buffers_of(
         REAL_MODEL, tmp_path, *arguments, "--mmproj", str(path), "--no-mmproj-offload"
     )[HOST]
-    predicted = read_projector(path, flash=flash)
+    predicted = projector(*projector_header(path), flash=flash)
     weights = measured.weights_bytes - plain.weights_bytes
     assert predicted.weights_bytes == pytest.approx(weights, rel=0.01)
     assert predicted.weights_bytes >= weights

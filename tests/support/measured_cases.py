@@ -13,8 +13,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from smartproxy.memory.estimate import estimate
-from smartproxy.memory.types import Estimate, EstimateOptions, FlashAttention, Layout, ModelMetadata
+from smartproxy.memory.types import Estimate, EstimateOptions, FlashAttention, Layout
 from smartproxy.model_file.metadata import read_metadata
+from smartproxy.model_file.types import ModelMetadata
 from smartproxy.types import MIB
 from tests.support import gguf_files, gguf_models
 from tests.support.paths import ROOT

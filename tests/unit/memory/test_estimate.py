@@ -18,15 +18,9 @@ from smartproxy.memory.estimate import (
 )
 from smartproxy.memory.kv_cache import CACHE_TYPES
 from smartproxy.memory.layer_split import HOST, layer_devices
-from smartproxy.memory.types import (
-    DeviceBytes,
-    Estimate,
-    EstimateOptions,
-    FlashAttention,
-    Layout,
-    ModelMetadata,
-)
+from smartproxy.memory.types import DeviceBytes, Estimate, EstimateOptions, FlashAttention, Layout
 from smartproxy.model_file.metadata import read_metadata
+from smartproxy.model_file.types import ModelMetadata
 from tests.support import gguf_files, gguf_models, gguf_shapes
 from tests.support.measured_cases import Case, all_cases, metadata_of, to_mib
 

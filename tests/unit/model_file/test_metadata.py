@@ -309,7 +309,7 @@ def test_reading_touches_no_weights(tmp_path: Path) -> None:
 
 
 def test_ggufs_types_are_all_sized() -> None:
-    assert set(gguf_header._SCALARS) == {
+    assert set(gguf_header.SCALARS) == {
         int(kind) for kind in GGUFValueType if kind.name not in ("STRING", "ARRAY")
     }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from smartproxy.memory.types import DeviceBytes, Estimate, Layout
-from smartproxy.planner.plan import explain, plan
+from smartproxy.planner.explain import explain
+from smartproxy.planner.plan import plan
 from smartproxy.planner.types import Decision, Hold, Strategy
 from smartproxy.types import GIB, ServerState
 from tests.support import worlds

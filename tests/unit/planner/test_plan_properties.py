@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from smartproxy.memory.types import Layout
-from smartproxy.planner.plan import explain, plan
+from smartproxy.planner.explain import explain
+from smartproxy.planner.plan import plan
 from smartproxy.planner.types import (
     Decision,
     Hold,

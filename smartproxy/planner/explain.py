@@ -1,12 +1,70 @@
-"""Every GPU of the machine as a place for one model, with its numbers, for people to read. Pure."""
+"""What would happen to one load, and every GPU as a place for it, for people to read. Pure."""
 
 from __future__ import annotations
 
-from smartproxy.planner.booking import Work
+from smartproxy.planner import victims
+from smartproxy.planner.booking import (
+    Verdict,
+    Work,
+    open_work,
+    wish_of,
+)
+from smartproxy.planner.decide import decide
 from smartproxy.planner.place import Site, Wish
 from smartproxy.planner.reasons import gb
-from smartproxy.planner.types import CandidateGpu
-from smartproxy.types import Gpu
+from smartproxy.planner.types import (
+    CandidateGpu,
+    Explanation,
+    Refuse,
+    Snapshot,
+    Start,
+    Wait,
+    WaitingLoad,
+)
+from smartproxy.types import Gpu, ServerState
+
+
+def explain(snapshot: Snapshot, load: WaitingLoad) -> Explanation:
+    """Return what would happen to this load now, as the youngest unless it waits already."""
+    work = open_work(snapshot, victims.cost)
+    for older in snapshot.loads:
+        if older.model_id == load.model_id:
+            load = older
+            break
+        decide(work, older)
+    gpus = candidates(work, wish_of(work, load))
+    verdict = decide(work, load)
+    loaded = work.live.get(load.model_id)
+    ready = loaded is not None and loaded.state is ServerState.READY
+    return Explanation(
+        model_id=load.model_id,
+        action="loaded" if ready else _name(verdict),
+        reason=_reason(verdict),
+        placement=verdict.placement,
+        candidates=gpus,
+        evictions=verdict.evictions,
+        code=None if ready else _code(verdict),
+    )
+
+
+def _name(verdict: Verdict) -> str:
+    if verdict.evictions:
+        return "evict"
+    return {Start: "start", Wait: "wait", Refuse: "refuse"}[type(verdict.action)]
+
+
+def _reason(verdict: Verdict) -> str:
+    action = verdict.action
+    if isinstance(action, Start):
+        return action.placement.reason
+    return action.reason if isinstance(action, Wait) else action.message
+
+
+def _code(verdict: Verdict) -> str | None:
+    action = verdict.action
+    if isinstance(action, Start):
+        return None
+    return action.code_at_timeout if isinstance(action, Wait) else action.code
 
 
 def candidates(work: Work, wish: Wish) -> tuple[CandidateGpu, ...]:
