@@ -24,6 +24,12 @@ MAX_NAME_BYTES = 256
 MAX_DIMS = 4
 #: longer arrays are counted, not read
 MAX_READ_ARRAY = 4096
+#: numbers of all arrays together that are read; past it, arrays are counted
+MAX_READ_NUMBERS = 1 << 20
+#: strings of all arrays together that are walked one by one: a second's work
+MAX_WALKED_STRINGS = 1 << 22
+#: of a text, the rest is passed over: no name that anybody asks for is longer, templates are
+MAX_KEPT_BYTES = 1 << 16
 #: of a vocabulary, on average: 8 are the length's, and no vocabulary has tokens or merges as short
 #: as 4; so much is not even read. One that has is walked instead, see `_next_entry`.
 LEAST_STRING_BYTES = 12
@@ -96,10 +102,23 @@ def parse_header(data: Buffer, *, jump: bool = True, soon: Soon = lambda _positi
     return _parse(data, None)
 
 
+@dataclass(slots=True)
+class _Work:
+    """One pass over a header's keys, and how much work it may still cause."""
+
+    data: Buffer
+    #: None: string arrays are walked
+    soon: Soon | None
+    #: how names of keys begin
+    starts: tuple[bytes, ...] = _KEY_STARTS
+    numbers_left: int = MAX_READ_NUMBERS
+    strings_left: int = MAX_WALKED_STRINGS
+
+
 def _parse(data: Buffer, soon: Soon | None) -> Header:
     try:
         tensor_count, key_count = _counts(data)
-        keys, at = _keys(data, key_count, soon)
+        keys, at = _keys(_Work(data, soon), key_count)
         tensors, at = _tensors(data, at, tensor_count)
     except struct.error:
         raise BadHeader("the file ends inside its header") from None
@@ -125,9 +144,9 @@ def _counts(data: Buffer) -> tuple[int, int]:
     return tensor_count, key_count
 
 
-def _keys(data: Buffer, count: int, soon: Soon | None) -> tuple[dict[str, Value], int]:
+def _keys(work: _Work, count: int) -> tuple[dict[str, Value], int]:
+    data = work.data
     keys: dict[str, Value] = {}
-    starts: tuple[bytes, ...] = _KEY_STARTS
     at = 24
     for index in range(count):
         key, at = _text(data, at, MAX_KEY_BYTES, "a key")
@@ -135,8 +154,7 @@ def _keys(data: Buffer, count: int, soon: Soon | None) -> tuple[dict[str, Value]
         at += 4
         if kind == ARRAY:
             # after the last key come tensors of any name: nothing to look for
-            jumps = None if index + 1 == count else soon
-            keys[key], at = _array(data, at, key, (starts, jumps))
+            keys[key], at = _array(work, at, key, last=index + 1 == count)
         elif kind == STRING:
             keys[key], at = _text(data, at, len(data), key)
         else:
@@ -144,7 +162,7 @@ def _keys(data: Buffer, count: int, soon: Soon | None) -> tuple[dict[str, Value]
             (keys[key],) = scalar.unpack_from(data, at)
             at += scalar.size
         if key == "general.architecture":
-            starts = (*_KEY_STARTS, str(keys[key]).encode() + b".")
+            work.starts = (*_KEY_STARTS, str(keys[key]).encode() + b".")
     return keys, at
 
 
@@ -160,37 +178,40 @@ def _text(data: Buffer, at: int, limit: int, what: str) -> tuple[str, int]:
     start = at + 8
     if length > limit or length > len(data) - start:
         raise BadHeader(f"{what} is said to be {length} bytes long")
-    return data[start : start + length].decode("utf-8", "replace"), start + length
+    end = start + length
+    return data[start : min(end, start + MAX_KEPT_BYTES)].decode("utf-8", "replace"), end
 
 
-def _array(
-    data: Buffer, at: int, key: str, search: tuple[tuple[bytes, ...], Soon | None]
-) -> tuple[Value, int]:
-    kind, count = _KIND_COUNT.unpack_from(data, at)
+def _array(work: _Work, at: int, key: str, *, last: bool) -> tuple[Value, int]:
+    """Return an array's value and where it ends. last: no other key follows it."""
+    kind, count = _KIND_COUNT.unpack_from(work.data, at)
     at += 12
     if count > MAX_ARRAY:
         raise BadHeader(f"{key!r} claims {count} elements (at most {MAX_ARRAY})")
     if kind == ARRAY:
         raise BadHeader(f"{key!r} is an array of arrays, which llama.cpp does not read")
     if kind == STRING:
-        starts, soon = search
-        if soon is not None and count > MIN_JUMPED:
+        if work.soon is not None and not last and count > MIN_JUMPED:
             at += LEAST_STRING_BYTES * count
-            soon(at)
+            work.soon(at)
             end = at + LONGEST_STRING_BYTES * count
-            return Counted(count), _next_entry(data, (at, end), starts)
-        return Counted(count), _walk_strings(data, at, count)
+            return Counted(count), _next_entry(work.data, (at, end), work.starts)
+        return Counted(count), _walk_strings(work, at, count)
     scalar = _scalar(kind, key)
     end = at + count * scalar.size
-    if end > len(data):
+    if end > len(work.data):
         raise BadHeader(f"{key!r} runs past the end of the file")
-    if count > MAX_READ_ARRAY:
+    if count > min(MAX_READ_ARRAY, work.numbers_left):
         return Counted(count), end
-    return list(struct.unpack_from(f"<{count}{scalar.format[1:]}", data, at)), end
+    work.numbers_left -= count
+    return list(struct.unpack_from(f"<{count}{scalar.format[1:]}", work.data, at)), end
 
 
-def _walk_strings(data: Buffer, at: int, count: int) -> int:
-    unpack, size = _U64.unpack_from, len(data)
+def _walk_strings(work: _Work, at: int, count: int) -> int:
+    work.strings_left -= count
+    if work.strings_left < 0:
+        raise BadHeader(f"its arrays hold more than {MAX_WALKED_STRINGS} strings")
+    data, unpack, size = work.data, _U64.unpack_from, len(work.data)
     for _ in range(count):
         at += 8 + unpack(data, at)[0]
         if at > size:

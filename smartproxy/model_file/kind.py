@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from smartproxy.model_file.header import SCALARS, STRING
+from smartproxy.model_file.opening import open_regular
 
 _HEAD_BYTES = 4096
 
@@ -38,7 +39,7 @@ def _first_texts(path: Path) -> dict[str, str]:
     """Return the text values at the start of the header, up to the first array."""
     texts: dict[str, str] = {}
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(_HEAD_BYTES)
     except OSError:
         return texts

@@ -18,6 +18,7 @@ from typing import Any
 from smartproxy.errors import MetadataError
 from smartproxy.model_file import architectures, keys
 from smartproxy.model_file.header import BadHeader, Header, parse_header
+from smartproxy.model_file.opening import open_regular
 from smartproxy.model_file.tensors import TensorSums, sum_tensors
 from smartproxy.model_file.types import FileSpan, LayerTensors, ModelMetadata
 
@@ -86,7 +87,7 @@ def from_json(text: str) -> ModelMetadata:
 
 def _read_header(path: Path) -> tuple[Header, int]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, 2)
             if size == 0:
                 raise BadHeader("the file is empty")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from smartproxy.errors import GpuMemoryBusy, NoFit, PoolBusy
 from smartproxy.planner import reasons, shapes
 from smartproxy.planner.booking import (
     Verdict,
@@ -30,10 +31,10 @@ def decide(work: Work, load: WaitingLoad) -> Verdict:
     server = work.live.get(load.model_id)
     if server is not None:
         reason = f"model '{load.model_id}' has a server: it is {server.state.value}"
-        return wait(load, reason, "gpu_memory_busy")
+        return wait(load, reason, GpuMemoryBusy.code)
     if work.snapshot.gpus is None:
         reason = f"model '{load.model_id}' waits for the first look at the GPUs"
-        return wait(load, reason, "gpu_memory_busy")
+        return wait(load, reason, GpuMemoryBusy.code)
     if load.policy.force_cpu:
         return _on_cpu(work, load, "`cpu` is set for it")
     if load.policy.gpu_layers == 0:
@@ -41,9 +42,6 @@ def decide(work: Work, load: WaitingLoad) -> Verdict:
     if not work.snapshot.gpus:
         return _on_cpu(work, load, "there is no GPU", for_want_of_gpu=True)
     return _on_gpu(work, load, wish_of(work, load))
-
-
-# --- on the CPU ------------------------------------------------------------------------------
 
 
 def _on_cpu(work: Work, load: WaitingLoad, why: str, *, for_want_of_gpu: bool = False) -> Verdict:
@@ -59,11 +57,8 @@ def _on_cpu(work: Work, load: WaitingLoad, why: str, *, for_want_of_gpu: bool = 
     if min(work.ledger.places_now, work.ledger.places_later) > 0:
         return start(work, load, placement)
     if work.ledger.places_later > 0:
-        return await_coming(work, load, (placement, None), "pool_busy")
-    return replace(make_room(work, load, None, "pool_busy"), placement=placement)
-
-
-# --- on GPUs ---------------------------------------------------------------------------------
+        return await_coming(work, load, (placement, None), PoolBusy.code)
+    return replace(make_room(work, load, None, PoolBusy.code), placement=placement)
 
 
 def _on_gpu(work: Work, load: WaitingLoad, wish: Wish) -> Verdict:
@@ -80,7 +75,7 @@ def _on_gpu(work: Work, load: WaitingLoad, wish: Wish) -> Verdict:
             fit = shapes.find_grown(wish, capacities(wish.sites, room))
     if fit is not None and min(ledger.places_now, ledger.places_later) > 0:
         return start(work, load, placement_of(load, wish, fit, room), fit)
-    code = "pool_busy" if fit is not None else "gpu_memory_busy"
+    code = PoolBusy.code if fit is not None else GpuMemoryBusy.code
     goal = shapes.find_grown(wish, capacities(wish.sites, ledger.later))
     if goal is not None and ledger.places_later > 0:
         placement = placement_of(load, wish, goal, ledger.later)
@@ -125,14 +120,14 @@ def _out_of_reach(work: Work, load: WaitingLoad, wish: Wish, reach: list[int]) -
     needed, available, count = _needed(machine, empty)
     if find(machine, capacities(sites, empty)) is None:
         message = reasons.too_big(load.model_id, needed, available, count)
-        code = "insufficient_gpu_memory"
+        code = NoFit.code
         action = Refuse(model_id=load.model_id, code=code, message=message)
         return Verdict(action=action)
     free = {gpu.uuid: free for gpu, free in zip(work.ledger.gpus, reach, strict=True)}
     states = [reasons.gpu_state(site.gpu, free.get(site.gpu.uuid, 0)) for site in sites]
     pinned = [server.model_id for server in work.snapshot.servers if server.pinned]
     reason = reasons.blocked(load.model_id, needed, states, pinned)
-    return wait(load, reason, "gpu_memory_busy")
+    return wait(load, reason, GpuMemoryBusy.code)
 
 
 def _needed(machine: Wish, empty: list[int]) -> tuple[int, int, int]:

@@ -182,7 +182,7 @@ def test_a_projector_is_told_from_a_model(tmp_path: Path, tiny: Path) -> None:
 
 def test_missing_empty_and_foreign_files_are_named(tmp_path: Path) -> None:
     assert "No such file or directory" in message_for(tmp_path / "nowhere.gguf")
-    assert "Is a directory" in message_for(tmp_path)
+    assert "not a regular file" in message_for(tmp_path)
     empty = tmp_path / "empty.gguf"
     empty.touch()
     assert "the file is empty" in message_for(empty)
