@@ -78,6 +78,9 @@ def _lock(state_dir: Path) -> int | None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # for the guard, which ends a manager that hangs
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             return descriptor
         except BlockingIOError:
             if time.monotonic() > deadline:

@@ -1,7 +1,8 @@
 """The last one out: ends every llama-server once `serve` is gone and no manager is left to do it.
 
 `serve` holds the write end of our standard input. However it goes, we read its end. The manager,
-told by the kernel, then stops the servers itself; we only act if it is dead too.
+told by the kernel, then stops the servers itself. We only act if it is dead too, or does not end
+in the time that a full stop takes: then it hangs, and we end it first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from smartproxy.lifetime import owned_processes
 
 LOOK_EVERY_S = 0.1
 TERM_GRACE_S = 5.0
+#: what `serve` writes when nothing of its own is left to be ended
+NOTHING_LEFT = b"."
+#: seconds for a manager to stop its servers in order, and a few more
+MANAGER_PATIENCE_S = 90.0
+PATIENCE_VARIABLE = "SMARTPROXY_GUARD_PATIENCE_S"
 
 
 def main() -> int:
@@ -26,10 +32,15 @@ def main() -> int:
     state_dir = Path(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    while sys.stdin.buffer.read(1):
-        pass
+    if sys.stdin.buffer.read(1) == NOTHING_LEFT:
+        return 0
     lock = os.open(state_dir / "manager.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    patience_s = float(os.environ.get(PATIENCE_VARIABLE, MANAGER_PATIENCE_S))
+    deadline = time.monotonic() + patience_s
     while not _locked(lock):
+        if time.monotonic() > deadline:
+            _kill_holder(lock)
+            deadline += patience_s
         time.sleep(LOOK_EVERY_S)
     # the lock is ours: no manager lives, and none can start meanwhile
     servers = owned_processes(str(state_dir))
@@ -48,6 +59,17 @@ def _locked(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _kill_holder(lock: int) -> None:
+    """Kill the manager that holds the lock; its pid stands in the file."""
+    pid = os.pread(lock, 20, 0).strip()
+    if not pid.isdigit():
+        return
+    try:
+        os.kill(int(pid), signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
 def _send(server: psutil.Process, number: signal.Signals) -> None:

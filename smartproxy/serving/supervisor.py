@@ -6,6 +6,7 @@ connection, and the end of a pipe that the guard waits on.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
@@ -14,10 +15,12 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import PARENT_VARIABLE
+from smartproxy.serving.guard import NOTHING_LEFT
 from smartproxy.serving.listen import UNIX, close, listen
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ GUNICORN_STOP_S = 40.0
 MANAGER_STOP_S = 80.0
 #: exit codes that a restart can't mend: bad configuration; an application that does not boot
 HOPELESS = {"manager": {2, 3}, "gunicorn": {3, 4}}
+#: another `serve`, or another manager, has this state directory
+EXIT_LOCKED = 3
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,8 +80,12 @@ def serve(settings: Settings, host: str, port: int) -> int:
     problem = settings.port_problem(port)
     if problem and not host.startswith(UNIX):
         raise ConfigError(f"--port: {problem}")
-    listener, name = listen(host, port)
     settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = _lock(settings.state_dir)
+    if lock is None:
+        logger.error("another `smartproxy serve` runs on %s: not started", settings.state_dir)
+        return EXIT_LOCKED
+    listener, name = listen(host, port)
     env = {
         **os.environ,
         "SMARTPROXY_CONFIG": str(settings.config_path),
@@ -107,10 +116,24 @@ def serve(settings: Settings, host: str, port: int) -> int:
     gunicorn.await_end(GUNICORN_STOP_S)
     close(listener)
     manager.await_end(MANAGER_STOP_S)
+    if code == EXIT_LOCKED:  # a manager that is not ours has servers that are not ours
+        os.write(our_end, NOTHING_LEFT)
     os.close(our_end)
     if guard.process is not None:
         guard.process.wait()
+    os.close(lock)
     return code
+
+
+def _lock(state_dir: Path) -> int | None:
+    """Return the held lock, which goes with this process however it ends; None: it is taken."""
+    lock = os.open(state_dir / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
 
 
 class _Stop:
