@@ -6,10 +6,12 @@ read transaction that turns into a write may fail with SQLITE_BUSY whatever the 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +32,55 @@ TRIM_REST = 10
 Row = sqlite3.Row
 
 
+class Owned:
+    """One thread's connection. It is closed when the thread ends, whose local values go then.
+
+    Python alone does not close it: a connection and its cache of statements refer to each other,
+    so that it stays open until the collector happens to come by.
+    """
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        identity: tuple[int, int] | None,
+        all_open: dict[sqlite3.Connection, int],
+    ) -> None:
+        self.connection = connection
+        self.identity = identity
+        self.pid = os.getpid()
+        self._all_open = all_open
+        all_open[connection] = self.pid
+
+    def usable(self) -> bool:
+        """Return whether this process opened it and nobody has closed it."""
+        return self.pid == os.getpid() and self.connection in self._all_open
+
+    def close(self) -> None:
+        """Close it; once closed, nothing happens."""
+        pid = self._all_open.pop(self.connection, None)
+        if pid is not None:
+            close_own(self.connection, pid)
+
+    __del__ = close
+
+
 class Store:
-    """The state file. Safe to share between threads and to carry over a fork."""
+    """The state file. Safe to share between threads and to carry over a fork.
+
+    Fork before the first use all the same: SQLite in a child believes that it holds the locks of
+    connections that were open, so that what it writes after the parent closed them is lost.
+
+    Owns its connections: each is closed when its thread ends; the rest by `close_all`, or when the
+    store or the process ends.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._local = threading.local()
+        #: by connection: the process that opened it. Threads change it without a lock: a dict's
+        #: single steps are whole, and a lock that somebody held at a fork would never be free
+        self._all_open: dict[sqlite3.Connection, int] = {}
+        weakref.finalize(self, close_every, self._all_open)
         self._log_path = path.with_name(path.name + "-wal")
         self._trim_not_before = 0.0
 
@@ -87,40 +132,70 @@ class Store:
     def connection(self) -> sqlite3.Connection:
         """Return this thread's connection, opened on first use, after a fork, and again when a
         manager has made the file anew."""
-        local = self._local
-        if getattr(local, "pid", None) != os.getpid():
-            # the parent's connection must not be used, nor closed, in a forked child
-            self._open()
-        elif (now := self._identity()) is not None and now != local.identity:
-            self.close()
-            self._open()
-        connection: sqlite3.Connection = local.connection
-        return connection
+        owned = self._owned()
+        if owned is None:
+            owned = self._open()
+        elif (now := identity_of(self.path)) is not None and now != owned.identity:
+            owned.close()
+            owned = self._open()
+        return owned.connection
 
     def close(self) -> None:
         """Close this thread's connection; the next use opens one anew."""
-        if getattr(self._local, "pid", None) == os.getpid():
-            self._local.connection.close()
-            self._local.pid = None
+        owned = self._owned()
+        if owned is not None:
+            owned.close()
+
+    def close_all(self) -> None:
+        """Close the connections of all threads of this process.
+
+        Only when none of them is being used; a later use opens one anew.
+        """
+        close_every(self._all_open)
 
     def moved(self) -> bool:
         """Return whether the file that this thread has open is no longer the one at its path."""
         self.connection()
-        return bool(self._identity() != self._local.identity)
+        return bool(identity_of(self.path) != self._local.owned.identity)
 
-    def _open(self) -> None:
-        local = self._local
-        local.identity = self._identity()
-        local.connection = connect(self.path)
-        local.pid = os.getpid()
+    def _owned(self) -> Owned | None:
+        owned: Owned | None = getattr(self._local, "owned", None)
+        return owned if owned is not None and owned.usable() else None
 
-    def _identity(self) -> tuple[int, int] | None:
-        """Return which file is at the path; None when there is none."""
-        try:
-            stat = os.stat(self.path)
-        except FileNotFoundError:
-            return None
-        return stat.st_dev, stat.st_ino
+    def _open(self) -> Owned:
+        identity = identity_of(self.path)
+        owned = Owned(connect(self.path), identity, self._all_open)
+        self._local.owned = owned
+        return owned
+
+
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Return which file is at the path; None when there is none."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def close_every(all_open: dict[sqlite3.Connection, int]) -> None:
+    """Close all connections there are, by the process that opened each."""
+    for connection in list(all_open):
+        pid = all_open.pop(connection, None)
+        if pid is not None:  # else its thread was faster
+            close_own(connection, pid)
+
+
+def close_own(connection: sqlite3.Connection, pid: int) -> None:
+    """Close a connection that process `pid` opened; in a forked child never let go of it.
+
+    Closing the parent's there may move pages and delete the log under the parent. Python closes
+    what nobody refers to, at the latest at its end, so one reference is left for ever.
+    """
+    if pid == os.getpid():
+        connection.close()
+    else:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -134,9 +209,13 @@ def connect(path: Path) -> sqlite3.Connection:
         check_same_thread=False,
     )
     connection.row_factory = sqlite3.Row
-    # survives a crash of any process; a power cut may lose the last commits, which are rebuilt
-    connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
-    connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
-    connection.execute("PRAGMA foreign_keys = ON")
+    try:
+        # survives a crash of any process; a power cut may lose the last commits, which are rebuilt
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()  # a file that is no state file
+        raise
     return connection
