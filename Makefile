@@ -56,4 +56,4 @@ soak: setup $(VENV)/.tests
 	$(BIN)/python -m bench.soak --minutes $(MINUTES) --json .bench/soak.json
 
 clean:
-	rm -rf $(VENV) models state .bench build *.egg-info
+	rm -rf $(VENV) .venv-* models state .bench build *.egg-info

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from smartproxy.state.prepare import create
+from smartproxy.state.migrate import create
 from smartproxy.state.store import Store
 
 SHORT_LIVED_THREADS = 200

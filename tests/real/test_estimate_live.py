@@ -21,7 +21,7 @@ from smartproxy.memory.projector import projector
 from smartproxy.memory.types import DeviceBytes, EstimateOptions, FlashAttention, Layout
 from smartproxy.model_file.metadata import projector_header, read_metadata
 from smartproxy.types import MIB
-from tests.support import gguf_files, gguf_projectors, gguf_shapes
+from tests.support import gguf_files, gguf_projectors, gguf_shapes, system_packages
 from tests.support.measured_cases import REAL_MODEL, to_mib
 
 pytestmark = [pytest.mark.servers, pytest.mark.real]
@@ -222,8 +222,8 @@ def generated(architecture: str, folder: Path) -> Path:
 
 
 def test_a_software_gpu_takes_what_was_predicted(tmp_path: Path) -> None:
-    if not any(Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json")):
-        pytest.skip("no Vulkan software device: apt-get install mesa-vulkan-drivers")
+    if not system_packages.found("a Vulkan software device"):
+        pytest.skip(system_packages.reason("a Vulkan software device"))
     measured = buffers_of(
         REAL_MODEL, tmp_path, "--device", "Vulkan0", "-ngl", str(ALL), "-c", "2048", "-np", "1"
     )

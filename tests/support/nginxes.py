@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import system_packages
 from tests.support.gunicorns import ROOT
 from tests.support.upstreams import free_port, wait_until
 
-NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/bin")
+NGINX = shutil.which("nginx", path=system_packages.PATH_OF_ROOT)
 
 
 def shipped_conf(folder: Path, control_socket: str, port: int) -> str:
@@ -47,7 +48,7 @@ def nginx(
 ) -> Iterator[tuple[str, int]]:
     """Start nginx; gives its address. changes: of the configuration's text, old to new."""
     if NGINX is None:
-        pytest.skip("nginx is not installed (apt-get install nginx-light)")
+        pytest.skip(system_packages.reason("nginx"))
     port = free_port()
     text = shipped_conf(folder, control_socket, port)
     for old, new in (changes or {}).items():

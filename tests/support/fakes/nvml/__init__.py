@@ -11,6 +11,9 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
+from tests.support import system_packages
 from tests.support.fakes.world import WorldFile
 
 SOURCE = Path(__file__).parent / "nvml.c"
@@ -18,7 +21,9 @@ NAME = "libnvidia-ml.so.1"
 
 
 def build(directory: Path) -> Path:
-    """Compile the library into the directory (0.3 s) and return its path; needs gcc."""
+    """Compile the library into the directory (0.3 s) and return its path; skips without gcc."""
+    if not system_packages.found("gcc"):
+        pytest.skip(system_packages.reason("gcc"))
     library = directory / NAME
     command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-pthread"]
     subprocess.run([*command, "-o", str(library), str(SOURCE)], check=True)
