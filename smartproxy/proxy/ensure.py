@@ -23,6 +23,7 @@ from smartproxy.config.settings import Settings
 from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, SmartProxyError, from_code
 from smartproxy.lifetime import worker_id
 from smartproxy.proxy.file_watch import Moves
+from smartproxy.proxy.outage import Outage
 from smartproxy.proxy.relay.relay import Grant
 from smartproxy.state import demands as demand_rows
 from smartproxy.state.demands import Route
@@ -45,6 +46,8 @@ HEARTBEAT_STALE_S = 5.0
 MANAGER_PATIENCE_S = 12.0
 #: a server that just cut a request short is avoided this long; then it is worth a second try
 AVOID_S = 2.0
+#: the state file may be missing this long before the log says so: at a start the manager makes it
+FILE_PATIENCE_S = 5.0
 
 
 class Broker:
@@ -64,6 +67,16 @@ class Broker:
         self._leases: dict[int, asyncio.Task[bool]] = {}
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
         self._renewing: asyncio.Task[None] | None = None
+        self._unreadable = Outage(
+            logger,
+            what="the state file can't be read",
+            over="the state file can be read again",
+            after_s=FILE_PATIENCE_S,
+        )
+        # told at once: leases that are not renewed expire
+        self._not_renewed = Outage(
+            logger, what="leases are not renewed", over="leases are renewed again", after_s=0
+        )
 
     # --- what the relay uses ---------------------------------------------------------------
 
@@ -155,8 +168,9 @@ class Broker:
                 await self._write(
                     lambda: demand_rows.renew(self._store, self._worker, now=time.time())
                 )
+                self._not_renewed.worked(time.monotonic())
             except sqlite3.Error as error:
-                logger.warning("leases not renewed: %s", error)
+                self._not_renewed.failed(error, time.monotonic())
 
     async def _write(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
@@ -173,7 +187,8 @@ class Broker:
 
     def _refresh(self) -> None:
         """Read the routes again if the manager has changed one since."""
-        self._look_again_at = time.monotonic() + ROUTES_OLD_S
+        now = time.monotonic()
+        self._look_again_at = now + ROUTES_OLD_S
         try:
             version = self._store.data_version()
             if version == self._data_version and self._generation >= 0:
@@ -183,8 +198,9 @@ class Broker:
             if view.generation != self._generation:
                 self._routes = demand_rows.routes(self._store)
                 self._generation = view.generation
+            self._unreadable.worked(now)
         except sqlite3.Error as error:
-            logger.warning("state file can't be read: %s", error)
+            self._unreadable.failed(error, now)
             self._store.close()
             self._data_version = self._generation = -1
 

@@ -64,6 +64,34 @@ def test_a_client_that_goes_while_its_wish_is_written_leaves_none(
     asyncio.run(story())
 
 
+def test_a_state_file_that_is_not_there_yet_is_awaited_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"models": {"m": fake_model()}}))
+    early = Store(tmp_path / "state" / "state.db")
+    broker = Broker(early, load_settings(path))
+
+    async def story() -> None:
+        waiting = [asyncio.create_task(broker.acquire("m")) for _ in range(30)]
+        await asyncio.sleep(0)  # each has looked for a route
+        made, _ = create(early.path)
+        async with asyncio.timeout(30):
+            while not left(made):
+                await asyncio.sleep(0.005)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        async with asyncio.timeout(30):
+            while left(made):
+                await asyncio.sleep(0.005)
+        made.close_all()
+
+    asyncio.run(story())
+    early.close_all()
+    assert caplog.messages == []
+
+
 def written(store: Store) -> bool:
     return store.one("SELECT 1 AS yes FROM sqlite_sequence WHERE name = 'demands'") is not None
 
