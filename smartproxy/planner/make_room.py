@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from smartproxy.manager.longest_unused import ABOUT_THE_SAME, longest_unused
 from smartproxy.planner import reasons
 from smartproxy.planner.booking import Verdict, Work, is_idle, placement_of, resident_until, wait
 from smartproxy.planner.ledger import LEAVING
@@ -93,19 +94,29 @@ def _worth_its_load_at(work: Work, server: RunningServer) -> float:
 def _choose(
     work: Work, wish: Wish | None, servers: list[RunningServer]
 ) -> list[RunningServer] | None:
-    """Return the cheapest of these servers whose end lets the load in, or None."""
-    ledger, now = work.ledger, work.snapshot.now
-    victims = [
-        Victim(
-            server=server,
-            cost=work.cost(server, now) + (0.0 if is_idle(server) else _BUSY_COST),
-            gains=ledger.gains[server.server_id],
-        )
-        for server in servers
-    ]
+    """Return those of these servers whose end lets the load in at least cost, or None.
+
+    Among those that cost about the same, the least recently used.
+    """
+    ledger = work.ledger
+    victims = [_victim(work, server) for server in servers]
     capacity = capacities(wish.sites, ledger.later) if wish else []
-    chosen = cheapest(wish, capacity, victims, 1 - ledger.places_later)
-    return None if chosen is None else [victim.server for victim in chosen]
+    places = 1 - ledger.places_later
+    chosen = cheapest(wish, capacity, victims, places)
+    if chosen is None:
+        return None
+    chosen = longest_unused(chosen, victims, wish=wish, capacity=capacity, places=places)
+    return [victim.server for victim in chosen]
+
+
+def _victim(work: Work, server: RunningServer) -> Victim:
+    cost = work.cost(server, work.snapshot.now)
+    return Victim(
+        server=server,
+        cost=cost + (0.0 if is_idle(server) else _BUSY_COST),
+        tolerance=ABOUT_THE_SAME * cost,
+        gains=work.ledger.gains[server.server_id],
+    )
 
 
 def _book(

@@ -17,10 +17,11 @@ had in its cache. The rate is the mean of what two views of its past predict:
 - one request over the time since the last one: how long it has been silent.
 
 Both fall as a model stays silent, so among servers alike in load time, size and use the cheapest is
-the least recently used. How much room is needed is the search's business, which adds up costs until
-it is enough; dividing by a little of the size is for what it can't see: room left over spares the
-next load an eviction. SWAP_S, the half-life and the exponent were chosen on simulated traces
-(`python -m bench.policy`; docs/placing.md says how, and what they are worth).
+the least recently used; where only chance made their costs differ, longest_unused.py sees to that.
+How much room is needed is the search's business, which adds up costs until it is enough; dividing
+by a little of the size is for what it can't see: room left over spares the next load an eviction.
+SWAP_S, the half-life and the exponent were chosen on simulated traces (`python -m bench.policy`;
+docs/placing.md says how, and what they are worth).
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Victim:
 
     server: RunningServer
     cost: float
+    #: how much more a server in its place may cost and still count as costing about the same
+    tolerance: float
     #: (position, bytes) that each GPU gets back
     gains: tuple[tuple[int, int], ...]
 
@@ -120,7 +123,7 @@ def _for_memory(
         chosen = _on_one_gpu(wish, capacity, order)
         if chosen is not None:
             # a part of them may do over several GPUs
-            return _pruned(chosen, fits) if several_allowed(wish) else chosen
+            return pruned(chosen, fits) if several_allowed(wish) else chosen
     few = sorted(gained.values(), reverse=True)[:_EXACT_VICTIMS]
     return _over_several(order, fits, sets=_EXACT_SETS if sum(few) >= missing else 0)
 
@@ -199,7 +202,7 @@ def _greedy_cover(
     def covers(chosen: Sequence[Victim]) -> bool:
         return sum(gains[victim.server.server_id] for victim in chosen) >= missing
 
-    chosen = _pruned(_prefix([item[0] for item in by_worth], covers), covers)
+    chosen = pruned(_prefix([item[0] for item in by_worth], covers), covers)
     return chosen if sum(victim.cost for victim in chosen) < bound else None
 
 
@@ -211,7 +214,7 @@ def _over_several(
         if fits(chosen):
             return chosen
     by_worth = sorted(order, key=lambda v: v.cost / sum(size for _, size in v.gains))
-    return _pruned(_prefix(by_worth, fits), fits)
+    return pruned(_prefix(by_worth, fits), fits)
 
 
 def _sets_by_cost(order: Sequence[Victim]) -> Iterator[tuple[Victim, ...]]:
@@ -245,7 +248,7 @@ def _prefix(
     return tuple(order[:low])
 
 
-def _pruned(
+def pruned(
     chosen: Sequence[Victim], enough: Callable[[Sequence[Victim]], bool]
 ) -> tuple[Victim, ...]:
     """Return the set without those it can do without, the dearest spared first."""
