@@ -18,6 +18,11 @@ from smartproxy.model_file.metadata import read_metadata
 from smartproxy.model_file.types import ModelMetadata
 from smartproxy.planner.ledger import default_overhead_bytes
 from smartproxy.planner.types import (
+from smartproxy.gpus.cuda import default_overhead_bytes
+from smartproxy.manager.estimate import Loaded, make_need
+from smartproxy.manager.metadata import read_metadata
+from smartproxy.need_types import EstimateOptions, Layout, ModelMetadata
+from smartproxy.plan_types import (
     Hold,
     PlacePolicy,
     PlanSettings,
@@ -102,7 +107,7 @@ def machine(
             min_residency_s=5.0,
             queue_timeout_s=300.0,
         ),
-        overhead_bytes={gpu.uuid: default_overhead_bytes(gpu) for gpu in gpus},
+        overhead_bytes={gpu.uuid: default_overhead_bytes(gpu.total_bytes) for gpu in gpus},
     )
 
 

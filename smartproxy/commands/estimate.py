@@ -16,11 +16,13 @@ import click
 
 from smartproxy.commands import estimate_views
 from smartproxy.errors import MetadataError
-from smartproxy.memory.estimate import DEFAULT_OVERHEAD_BYTES, clamped_context, estimate
+from smartproxy.gpus.cuda import default_overhead_bytes
+from smartproxy.memory.estimate import clamped_context, estimate
 from smartproxy.memory.kv_cache import CACHE_TYPES, is_quantized
 from smartproxy.memory.types import DeviceBytes, Estimate, EstimateOptions, FlashAttention, Layout
 from smartproxy.model_file.metadata import read_metadata
 from smartproxy.model_file.types import ModelMetadata
+from smartproxy.types import GIB
 
 #: llama.cpp takes no more shares than this (llama_max_devices)
 MAX_DEVICES = 16
@@ -33,6 +35,8 @@ class _Asked:
     options: EstimateOptions
     #: its context size is 0 where the trained context is meant
     layout: Layout
+    #: size of each GPU; None = not told
+    card_bytes: int | None
 
 
 @click.command("estimate")
@@ -54,7 +58,12 @@ class _Asked:
 @click.option("--n-cpu-moe", type=click.IntRange(0), default=0, help="Layers with host experts.")
 @click.option("--no-kv-offload", is_flag=True, help="The KV cache stays on the host.")
 @click.option("--matrix", is_flag=True, help="Context sizes by cache types: what fits?")
-@click.option("--card-gb", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True)
+@click.option(
+    "--card-gb",
+    type=click.FloatRange(0, min_open=True, max=1 << 20),
+    help="Memory of each GPU: sets its overhead, and what --matrix calls too big. Left out: the"
+    " overhead of the largest GPU, and nothing is too big.",
+)
 @click.option("--bars", is_flag=True, help="Draw the parts as bars.")
 @click.option("--json", "as_json", is_flag=True)
 def estimate_command(files: tuple[Path, ...], **asked: Any) -> None:
@@ -106,7 +115,9 @@ def _asked(asked: dict[str, Any]) -> _Asked:
         context_size=asked["ctx_size"],
         cpu_moe_layers=asked["n_cpu_moe"],
     )
-    return _Asked(options=options, layout=layout)
+    card_gb = asked["card_gb"]
+    card_bytes = None if card_gb is None else int(card_gb * GIB)
+    return _Asked(options=options, layout=layout, card_bytes=card_bytes)
 
 
 def _shares(text: str | None) -> tuple[float, ...]:
@@ -127,14 +138,15 @@ def _shares(text: str | None) -> tuple[float, ...]:
 
 
 def _predict(metadata: ModelMetadata, wanted: _Asked) -> Estimate:
-    """Return the estimate with an unlearned GPU's overhead on every device that is used."""
+    """Return the estimate, with the overhead of a GPU nobody measured on each that is used."""
     layout, all_layers = wanted.layout, metadata.layer_count + 1
     layers = layout.gpu_layers if 0 <= layout.gpu_layers < all_layers else all_layers
     context = layout.context_size or clamped_context(metadata, 0)
     layout = replace(layout, gpu_layers=layers, context_size=context)
     predicted = estimate(metadata, wanted.options, layout)
+    overhead = default_overhead_bytes(wanted.card_bytes)
     devices = tuple(
-        replace(device, overhead_bytes=DEFAULT_OVERHEAD_BYTES if device.buffers_bytes else 0)
+        replace(device, overhead_bytes=overhead if device.buffers_bytes else 0)
         for device in predicted.devices
     )
     return replace(predicted, devices=devices)
@@ -144,12 +156,12 @@ def _print(file: Path, metadata: ModelMetadata, wanted: _Asked, asked: dict[str,
     predicted = _predict(metadata, wanted)
     click.echo(estimate_views.heading(file, metadata, predicted))
     click.echo(estimate_views.table(predicted))
+    overhead = default_overhead_bytes(wanted.card_bytes)
+    click.echo(estimate_views.overhead_note(overhead, wanted.card_bytes))
     if asked["bars"]:
         click.echo(estimate_views.bars(predicted))
     if asked["matrix"]:
-        card_bytes = int(asked["card_gb"] * (1 << 30))
-        cells = _matrix(metadata, wanted)
-        click.echo(estimate_views.matrix(cells, card_bytes))
+        click.echo(estimate_views.matrix(_matrix(metadata, wanted), wanted.card_bytes))
     click.echo("")
 
 
@@ -181,6 +193,7 @@ def _json(file: Path, metadata: ModelMetadata, wanted: _Asked, *, matrix: bool) 
         "context_size": predicted.layout.context_size,
         "layers": metadata.layer_count + 1,
         "gpu_layers": predicted.layout.gpu_layers,
+        "card_bytes": wanted.card_bytes,
         "devices": [_parts(device) for device in predicted.devices],
         "host": _parts(predicted.host),
         "total_bytes": predicted.total_bytes,

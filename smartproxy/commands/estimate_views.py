@@ -37,6 +37,14 @@ def table(predicted: Estimate) -> str:
     return tabulate(rows, headers=headers, floatfmt=".1f", tablefmt="simple")
 
 
+def overhead_note(overhead_bytes: int, card_bytes: int | None) -> str:
+    """Return the line that says whose overhead is counted. card_bytes: None = not told."""
+    size = f"{overhead_bytes / MIB:g} MiB"
+    if card_bytes is None:
+        return f"Overhead: {size}, as for the largest GPU. --card-gb tells the size of yours."
+    return f"Overhead: {size}, as for any GPU of {card_bytes / GIB:g} GB that nobody measured."
+
+
 def bars(predicted: Estimate) -> str:
     """Return a bar per device, all on one scale, and the key to their fills."""
     largest = max(device.total_bytes for _, device in _named(predicted)) or 1
@@ -57,16 +65,22 @@ def context_sizes(trained: int) -> list[int]:
     return [*sizes, trained]
 
 
-def matrix(cells: Mapping[int, Mapping[str, int]], card_bytes: int) -> str:
-    """Return GB on the fullest GPU by context size and cache type; "(no)" marks what is too big."""
+def matrix(cells: Mapping[int, Mapping[str, int]], card_bytes: int | None) -> str:
+    """Return GB on the fullest GPU by context size and cache type; "(no)" marks what is too big.
+
+    card_bytes: None = no size was told, nothing is marked.
+    """
     kinds = list(next(iter(cells.values())))
     rows = [[size, *(_cell(cells[size][kind], card_bytes) for kind in kinds)] for size in cells]
-    title = f"\nGB on the fullest GPU; (no) = does not fit {card_bytes / GIB:g} GB"
+    title = "\nGB on the fullest GPU"
+    if card_bytes is not None:
+        title += f"; (no) = does not fit {card_bytes / GIB:g} GB"
     return f"{title}\n{tabulate(rows, ['tokens', *kinds], 'simple', disable_numparse=True)}"
 
 
-def _cell(total_bytes: int, card_bytes: int) -> str:
-    return f"{total_bytes / GIB:.2f}" + ("" if total_bytes <= card_bytes else " (no)")
+def _cell(total_bytes: int, card_bytes: int | None) -> str:
+    too_big = card_bytes is not None and total_bytes > card_bytes
+    return f"{total_bytes / GIB:.2f}" + (" (no)" if too_big else "")
 
 
 def _named(predicted: Estimate) -> list[tuple[str, DeviceBytes]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from smartproxy.catalog.catalog import ModelSpec
+from smartproxy.gpus.cuda import default_overhead_bytes
 from smartproxy.manager.context import Manager
 from smartproxy.manager.served import file_key, options_key
 from smartproxy.memory.correct import Learned, Lesson, learn
@@ -30,7 +31,7 @@ def overheads(manager: Manager) -> dict[str, int]:
     for gpu in manager.gpus.gpus if manager.gpus else ():
         row = known.get(gpu.uuid)
         if row is not None:
-            least = 0 if row["warm"] else default_overhead_bytes(gpu)
+            least = 0 if row["warm"] else default_overhead_bytes(gpu.total_bytes)
             charged[gpu.uuid] = max(row["overhead_bytes"], least)
     return charged
 

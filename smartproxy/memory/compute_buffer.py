@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from smartproxy.gpus.cuda import FLASH_HEAD_LENGTHS
 from smartproxy.memory.kv_cache import CacheShape
 from smartproxy.model_file.types import ModelMetadata
 from smartproxy.types import MIB
 
-#: head sizes for which CUDA has a flash attention kernel (fattn.cu, get_best_kernel)
-FLASH_HEAD_LENGTHS = frozenset({40, 64, 72, 80, 96, 112, 128, 256, 512, 576})
 _F32 = 4
 
 

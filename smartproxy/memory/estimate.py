@@ -31,7 +31,6 @@ from smartproxy.model_file.types import ModelMetadata
 from smartproxy.types import MIB
 
 __all__ = [
-    "DEFAULT_OVERHEAD_BYTES",
     "clamped_context",
     "estimate",
     "make_need",
@@ -39,10 +38,6 @@ __all__ = [
     "with_flash_attn_resolved",
 ]
 
-#: backend context, kernels, pools of one server on a GPU of which nothing is known yet:
-#: 150 MiB + 2.5 MiB per multiprocessor, for 108 of them (facts from public reports: 107 MiB on a
-#: card with 34, 555 MiB on one with 188). Learned per GPU after the first load.
-DEFAULT_OVERHEAD_BYTES = 420 * MIB
 #: copies of a graph's inputs that several devices work on in turn (ggml-backend.cpp)
 PIPELINE_COPIES = 4
 #: what architectures and options that no rule follows are charged more for compute buffers

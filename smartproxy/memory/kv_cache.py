@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from smartproxy.errors import UnknownCacheType
+from smartproxy.gpus.cuda import DEVICE_ALIGNMENT, ROW_PADDING
 from smartproxy.memory.types import EstimateOptions
 from smartproxy.model_file.types import ModelMetadata
 
@@ -30,8 +31,6 @@ CACHE_TYPES: Mapping[str, tuple[int, int]] = {
 #: slots that a server has when nobody says how many; they share one cache
 DEFAULT_SLOTS = 4
 CELL_PADDING = 256
-_DEVICE_ALIGNMENT = 128
-_ROW_PADDING = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,9 +186,9 @@ def _tensor_bytes(type_name: str, width: int, cells: int) -> int:
     block, block_bytes = cache_type(type_name)
     row = -(-width // block) * block_bytes
     # CUDA reads quantized rows in chunks of 512 elements: the last one is padded
-    over = width % _ROW_PADDING if block > 1 else 0
-    row_padding = (_ROW_PADDING - over) // block * block_bytes if over else 0
-    return padded(row * cells + row_padding, _DEVICE_ALIGNMENT)
+    over = width % ROW_PADDING if block > 1 else 0
+    row_padding = (ROW_PADDING - over) // block * block_bytes if over else 0
+    return padded(row * cells + row_padding, DEVICE_ALIGNMENT)
 
 
 def _recurrent_bytes(metadata: ModelMetadata, layer: int, slots: int) -> int:
@@ -197,6 +196,6 @@ def _recurrent_bytes(metadata: ModelMetadata, layer: int, slots: int) -> int:
         return 0
     # f32 whatever the cache types, one state per slot, independent of the context size
     return sum(
-        padded(4 * elements * slots, _DEVICE_ALIGNMENT)
+        padded(4 * elements * slots, DEVICE_ALIGNMENT)
         for elements in (metadata.conv_state_elements, metadata.ssm_state_elements)
     )

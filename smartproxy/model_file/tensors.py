@@ -12,6 +12,7 @@ from math import prod
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from smartproxy.gpus.cuda import DEVICE_ALIGNMENT, ROW_PADDING
 from smartproxy.model_file.architectures import ENCODERS, is_input_tensor
 from smartproxy.model_file.header import BadHeader, Header, TensorInfo
 from smartproxy.model_file.types import FileSpan, LayerTensors
@@ -19,10 +20,6 @@ from smartproxy.model_file.types import FileSpan, LayerTensors
 #: type number -> (weights per block, bytes per block)
 BLOCKS = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
 _NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
-#: what a CUDA buffer aligns tensors to, and a quantized row is padded to
-#: (ggml-cuda.cu, ggml_backend_cuda_buffer_type_get_alloc_size; common.cuh, MATRIX_ROW_PADDING)
-DEVICE_ALIGNMENT = 128
-ROW_PADDING = 512
 HOST_ALIGNMENT = 32
 
 

@@ -12,28 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from smartproxy.gpus.cuda import default_overhead_bytes
 from smartproxy.planner.types import Hold, RunningServer, Snapshot
-from smartproxy.types import MIB, Gpu, ServerState
+from smartproxy.types import Gpu, ServerState
 
 #: on their way out: what they hold is memory that is coming
 LEAVING = frozenset({ServerState.DRAINING, ServerState.STOPPING, ServerState.STOPPED})
 
 #: seconds after which a look at the GPUs must show what a loaded server holds
 SETTLED_S = 15.0
-
-#: (bytes of a GPU up to, multiprocessors assumed): no card of that size has more, by NVIDIA's data
-#: sheets (RTX 4060 Ti 34, RTX 4080 76, V100 80, RTX 4090 128, RTX PRO 6000 188)
-_MULTIPROCESSORS = ((9 << 30, 48), (17 << 30, 84), (25 << 30, 128), (1 << 62, 188))
-
-
-def default_overhead_bytes(gpu: Gpu) -> int:
-    """Return what a server takes of a GPU beside llama.cpp's buffers, until that was measured.
-
-    150 MiB and 2.5 MiB per multiprocessor: above the public reports (llama.cpp PR 23604: 107 MiB on
-    an RTX 4060 Ti, 555 MiB on an RTX PRO 6000). NVML doesn't tell multiprocessors: size stands in.
-    """
-    multiprocessors = next(count for size, count in _MULTIPROCESSORS if gpu.total_bytes <= size)
-    return int((150 + 2.5 * multiprocessors) * MIB)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,7 +87,7 @@ def open_ledger(snapshot: Snapshot) -> Ledger:
 def overhead_bytes(gpu: Gpu, snapshot: Snapshot) -> int:
     """Return what a server takes of this GPU beside its buffers, as far as that is known."""
     learned = snapshot.overhead_bytes.get(gpu.uuid)
-    return default_overhead_bytes(gpu) if learned is None else learned
+    return default_overhead_bytes(gpu.total_bytes) if learned is None else learned
 
 
 def _free_and_gains(

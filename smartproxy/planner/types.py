@@ -109,7 +109,7 @@ class Snapshot:
     loads: tuple[WaitingLoad, ...]
     settings: PlanSettings
     #: learned bytes per GPU uuid that a server takes beside its buffers; an absent GPU gets
-    #: place.default_overhead_bytes(gpu)
+    #: gpus.cuda.default_overhead_bytes
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from smartproxy.commands.estimate import estimate_command
+from smartproxy.planner.ledger import open_ledger
 from tests.support import gguf_files, gguf_models
+from tests.support.worlds import gpu, snapshot
 
 PARTS = {
     "weights_bytes",
@@ -126,6 +129,32 @@ def test_table_bars_and_matrix_are_readable(llama: Path) -> None:
     rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith("1310")]
     assert len(rows) == 1
     assert float(rows[0][1]) > float(rows[0][-1]) or "(no)" in rows[0]
+
+
+def test_overhead_is_the_planners_for_a_card_of_that_size(llama: Path) -> None:
+    for card_gb, size_bytes in ((8, 8 << 30), (16, 16 << 30), (24, 24 << 30), (80, 80 << 30)):
+        said = answer(llama, "--card-gb", card_gb)
+        world = snapshot([gpu(0, card_gb)])
+        (planned,) = open_ledger(replace(world, overhead_bytes={})).overhead_bytes
+        assert [device["overhead_bytes"] for device in said["devices"]] == [planned]
+        assert said["card_bytes"] == size_bytes
+
+
+def test_overhead_without_a_cards_size_is_the_most_of_any_and_the_output_says_so(
+    llama: Path,
+) -> None:
+    said = answer(llama)
+    (largest,) = answer(llama, "--card-gb", 192)["devices"]
+    assert said["devices"] == [largest]
+    assert said["card_bytes"] is None
+    assert "Overhead: 620 MiB, as for the largest GPU. --card-gb" in run(llama).stdout
+    assert "Overhead: 270 MiB, as for any GPU of 8 GB" in run(llama, "--card-gb", 8).stdout
+
+
+def test_matrix_without_a_cards_size_marks_nothing(llama: Path) -> None:
+    output = run(llama, "--matrix").stdout
+    assert "GB on the fullest GPU\n" in output
+    assert "(no)" not in output
 
 
 def test_matrix_marks_what_does_not_fit(llama: Path) -> None:
