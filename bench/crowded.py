@@ -12,17 +12,12 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+from smartproxy.gpus.cuda import default_overhead_bytes
 from smartproxy.memory.estimate import Loaded, make_need
 from smartproxy.memory.types import EstimateOptions, Layout
 from smartproxy.model_file.metadata import read_metadata
 from smartproxy.model_file.types import ModelMetadata
-from smartproxy.planner.ledger import default_overhead_bytes
 from smartproxy.planner.types import (
-from smartproxy.gpus.cuda import default_overhead_bytes
-from smartproxy.manager.estimate import Loaded, make_need
-from smartproxy.manager.metadata import read_metadata
-from smartproxy.need_types import EstimateOptions, Layout, ModelMetadata
-from smartproxy.plan_types import (
     Hold,
     PlacePolicy,
     PlanSettings,

@@ -37,21 +37,36 @@ class _Section(BaseModel):
     )
 
 
+#: ports that servers may have beside one each, for those that other programs took
+SPARE_PORTS = 16
+
+
 class ServerPool(_Section):
     """How many models are loaded at once, and where their servers listen."""
 
     size: int = Field(4, ge=1, le=1024)
     """How many models may be loaded at the same time."""
     port_start: Port = 8080
-    """First of the `size` loopback ports that the servers listen on."""
+    """First of the servers' loopback ports: `size` and 16 more, for some may be taken."""
+
+    @property
+    def ports(self) -> range:
+        """All ports that servers may have: they never listen on another."""
+        return range(self.port_start, self.port_start + self.size + SPARE_PORTS)
 
     @model_validator(mode="after")
     def _ports_exist(self) -> Self:
-        if self.port_start + self.size - 1 > 65_535:
+        if self.ports[-1] > 65_535:
             raise ValueError(
-                f"port_start {self.port_start} + size {self.size} goes past port 65535"
+                f"ports {span(self.ports)} (size {self.size} and {SPARE_PORTS} more) go past port"
+                " 65535"
             )
         return self
+
+
+def span(ports: range) -> str:
+    """Return a range of ports as users read it: first and last."""
+    return f"{ports[0]}-{ports[-1]}"
 
 
 class ModelSettings(_Section):
@@ -153,7 +168,7 @@ class Settings(_Section):
     default_model: Text | None = None
     """Model of requests that name none."""
     server_pool: ServerPool = ServerPool()
-    """The pool of servers: its size and its ports."""
+    """The pool of servers: its size, and its ports (8080-8099: size and 16 more)."""
     ctx_size: ContextSize = 8192
     """Tokens of a server, all slots together, at most the model's own; "auto" is what fits."""
     parallel: Parallel = 4
@@ -249,10 +264,7 @@ class Settings(_Section):
 
     def port_problem(self, port: int) -> str | None:
         """Return why the proxy can't listen on a port beside the servers; None: it can."""
-        first, size = self.server_pool.port_start, self.server_pool.size
-        if not first <= port < first + size:
+        ports = self.server_pool.ports
+        if port not in ports:
             return None
-        return (
-            f"{port} is one of the servers' ports {first}-{first + size - 1} (server_pool):"
-            " wants another"
-        )
+        return f"{port} is one of the servers' ports {span(ports)} (server_pool): wants another"

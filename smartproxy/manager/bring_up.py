@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from smartproxy.catalog.catalog import ModelSpec
+from smartproxy.config.settings import SPARE_PORTS, span
 from smartproxy.errors import LoadFailed, LoadTimeout, SmartProxyError
 from smartproxy.llama import out_of_memory, process
 from smartproxy.llama.command import command, environment
@@ -239,16 +240,24 @@ def healthy(port: int) -> bool:
 
 
 def free_port(manager: Manager, *, after: int | None = None) -> int:
-    """Return a port from `server_pool.port_start` on that no live server has and nobody listens on.
+    """Return a port of the pool's that no live server has and nobody listens on.
 
-    Raises LoadFailed when 1000 in a row are taken.
+    after: the port tried last: those above it come first, then those below. Raises
+    LoadFailed where all are taken.
     """
-    first = manager.settings.server_pool.port_start
+    pool = manager.settings.server_pool
     ours = {row["port"] for row in server_rows.live_servers(manager.store)}
-    for port in range((after + 1) if after else first, min(first + 1000, 65536)):
+    above = [port for port in pool.ports if after is not None and port > after]
+    below = [port for port in pool.ports if after is None or port < after]
+    for port in (*above, *below):
         if port not in ours and _bindable(port):
             return port
-    raise LoadFailed(f"no free port from server_pool.port_start = {first} on")
+    our_count = len(ours.intersection(pool.ports))
+    raise LoadFailed(
+        f"no free port for its server among {span(pool.ports)} (size {pool.size} and"
+        f" {SPARE_PORTS} more from server_pool.port_start on): {our_count} have servers of ours,"
+        f" {len(pool.ports) - our_count} are in use by others; end those, or change port_start"
+    )
 
 
 def _bindable(port: int) -> bool:

@@ -16,7 +16,6 @@ from smartproxy.manager.served import file_key, options_key
 from smartproxy.memory.correct import Learned, Lesson, learn
 from smartproxy.memory.estimate import Loaded
 from smartproxy.memory.types import Layout
-from smartproxy.planner.ledger import default_overhead_bytes
 from smartproxy.state import measurements
 from smartproxy.state.store import Row
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from smartproxy.gpus.cuda import FLASH_HEAD_LENGTHS
-from smartproxy.memory.compute_buffer import FLASH_HEAD_LENGTHS
 from smartproxy.model_file.header import Header
 
 _F32 = 4

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from smartproxy.memory.types import Estimate
-from smartproxy.planner.ledger import default_overhead_bytes as default_overhead_bytes
 from smartproxy.planner.sizes import Shape, Sizes, split
 from smartproxy.planner.types import PlacePolicy, PlanSettings, Strategy
 from smartproxy.types import Gpu

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,19 +21,20 @@ from smartproxy.llama import binary
 from smartproxy.manager import act, snapshot
 from smartproxy.manager import use as recent_use
 from smartproxy.manager.bring_down import take_down
+from smartproxy.manager.bring_up import free_port as free_port_of
 from smartproxy.manager.context import Manager
 from smartproxy.planner.plan import plan
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import migrate
 from smartproxy.state import servers as server_rows
 from smartproxy.types import GpuSnapshot, ServerState
-from tests.support.running import Proxy, fake_model, wait_until
+from tests.support.running import Proxy, fake_model, free_port, wait_until
 
 pytestmark = pytest.mark.servers
 
 
-def manager_of(folder: Path, threads: ThreadPoolExecutor) -> Manager:
-    settings = load_settings(Proxy(folder, {"m": fake_model()}).config_path)
+def manager_of(folder: Path, threads: ThreadPoolExecutor, **settings_: Any) -> Manager:
+    settings = load_settings(Proxy(folder, {"m": fake_model()}, **settings_).config_path)
     path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
     state, _ = migrate.create(settings.state_dir / "state.db")
     return Manager(
@@ -66,3 +71,47 @@ def test_a_server_stopped_before_its_process_began_leaves_none_behind(tmp_path: 
     wait_until(lambda: not owned_processes(str(manager.settings.state_dir)), what="no process left")
     assert manager.children == {}
     assert server_rows.server(manager.store, row["id"])["state"] == ServerState.STOPPED
+
+
+@contextmanager
+def taken_ports(count: int) -> Iterator[list[socket.socket]]:
+    """Listen on this many ports in a row, one socket each."""
+    while True:
+        with ExitStack() as stack:
+            first = free_port()
+            try:
+                sockets = [
+                    stack.enter_context(socket.create_server(("127.0.0.1", first + number)))
+                    for number in range(count)
+                ]
+            except OSError:
+                continue  # somebody else's is among them
+            yield sockets
+            return
+
+
+def test_server_gets_a_port_of_the_range_also_below_one_that_was_taken(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as threads, taken_ports(18) as sockets:
+        ports = [one.getsockname()[1] for one in sockets]
+        pool = {"size": 2, "port_start": ports[0]}
+        manager = manager_of(tmp_path, threads, server_pool=pool)
+        sockets[3].close()
+        assert free_port_of(manager) == ports[3]
+        assert free_port_of(manager, after=ports[-1]) == ports[3]
+
+
+def test_load_without_a_port_fails_with_the_range_and_who_has_it(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as threads, taken_ports(18) as sockets:
+        ports = [one.getsockname()[1] for one in sockets]
+        pool = {"size": 2, "port_start": ports[0]}
+        manager = manager_of(tmp_path, threads, server_pool=pool)
+        now = time.time()
+        demand_rows.ask(manager.store, "load", "m", "worker", now=now)
+        demands = demand_rows.open_demands(manager.store)
+        act.carry_out(manager, plan(snapshot.snapshot(manager, demands, now)), demands, now)
+        assert server_rows.live_servers(manager.store) == []
+    assert manager.failures["m"].message == (
+        f"model 'm': no free port for its server among {ports[0]}-{ports[-1]} (size 2 and 16 more"
+        " from server_pool.port_start on): 0 have servers of ours, 18 are in use by others; end"
+        " those, or change port_start"
+    )

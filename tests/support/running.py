@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import requests
 
+from smartproxy.config.settings import ServerPool
 from smartproxy.lifetime import owned_processes
 from tests.support.paths import ROOT
 
@@ -46,12 +47,11 @@ def free_port() -> int:
         return port
 
 
-def free_pool(port: int, size: int = 4) -> int:
-    """Return a first port for servers such that the proxy's own is none of theirs."""
-    first = free_port()
-    while first + size > 65535 or first <= port < first + size:
-        first = free_port()
-    return first
+def free_port_beside(pool: ServerPool) -> int:
+    """Return a port for the proxy that is none of its servers'."""
+    while (port := free_port()) in pool.ports:
+        pass
+    return port
 
 
 def fake_model(**knobs: Any) -> dict[str, Any]:
@@ -76,12 +76,12 @@ class Proxy:
         **settings: Any,
     ) -> None:
         self.folder = folder
-        self.port = free_port()
+        pool = settings.pop("server_pool", None) or {"size": 4, "port_start": free_port()}
+        self.port = free_port_beside(ServerPool(**pool))
         self.url = f"http://127.0.0.1:{self.port}"
         self.state_dir = folder / "state"
         self.log_path = folder / "serve.log"
         self.config_path = folder / "config.json"
-        pool = {"size": 4, "port_start": free_pool(self.port)}
         config: dict[str, Any] = {"models": models, "server_pool": pool}
         if not real:
             config["llama_server"] = str(STAND_IN)

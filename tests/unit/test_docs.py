@@ -18,6 +18,7 @@ from tests.support.paths import ROOT
 REPOSITORY = ROOT
 CONFIGURATION = REPOSITORY / "docs" / "configuration.md"
 README = REPOSITORY / "README.md"
+NGINX_CONF = REPOSITORY / "deploy" / "nginx.conf"
 
 #: first cell of a table's head -> what it must list completely
 TABLES: dict[str, type[BaseModel]] = {
@@ -109,6 +110,15 @@ def test_several_keys_may_share_a_row() -> None:
     )
     (table,) = tables(text)
     assert table.defaults == {"a": "`1`", "b": "none", "c": "`2`", "d": "`2`"}
+
+
+def test_nginx_lets_answers_name_the_ports_of_the_default_pool_and_no_others() -> None:
+    (pattern,) = re.findall(r'"~(\^127.*)" \$sp_named;', NGINX_CONF.read_text(encoding="utf-8"))
+    allowed = [port for port in range(100_000) if re.search(pattern, f"127.0.0.1:{port}")]
+    assert allowed == list(ServerPool().ports)
+    shown = f"{allowed[0]}-{allowed[-1]}"
+    for page in (NGINX_CONF, README, CONFIGURATION, REPOSITORY / "docs" / "datapath.md"):
+        assert shown in page.read_text(encoding="utf-8"), page
 
 
 def examples() -> list[str]:

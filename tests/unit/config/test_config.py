@@ -69,6 +69,21 @@ def test_oldest_form_loads_as_it_stands(tmp_path: Path) -> None:
     assert (settings.gpu_util_threshold, settings.gpu_mem_threshold) == (50, 0.5)
 
 
+def test_pool_has_a_port_for_each_server_and_16_more() -> None:
+    assert ServerPool().ports == range(8080, 8100)
+    assert ServerPool(size=1, port_start=65519).ports == range(65519, 65536)
+
+
+def test_proxy_may_listen_beside_the_servers_ports_but_not_on_one(tmp_path: Path) -> None:
+    settings = load(tmp_path, {"port": 8100, "server_pool": {"port_start": 8080}})
+    assert settings.port_problem(8079) is None
+    assert settings.port_problem(8100) is None
+    for port in (8080, 8084, 8099):
+        problem = settings.port_problem(port)
+        assert problem is not None
+        assert "8080-8099" in problem
+
+
 def test_shipped_file_loads_and_names_the_demo_model() -> None:
     settings = load_settings(REPOSITORY / "config.json", environ={})
     assert list(settings.models) == ["smollm2-135m"]
@@ -208,12 +223,12 @@ def test_state_dir_is_named_by_argument_then_environment_then_key(
         ({"backend": "ollama"}, 'backend: got "ollama", wants "llama.cpp"'),
         ({"server_pool": {"size": 0}}, "server_pool.size: got 0, wants a whole number from 1 to"),
         (
-            {"server_pool": {"size": 4, "port_start": 65533}},
-            "server_pool: port_start 65533 + size 4 goes past port 65535",
+            {"server_pool": {"size": 4, "port_start": 65517}},
+            "server_pool: ports 65517-65536 (size 4 and 16 more) go past port 65535",
         ),
         (
             {"server_pool": {"port_start": 7998}},
-            "port: 8000 is one of the servers' ports 7998-8001 (server_pool): wants another",
+            "port: 8000 is one of the servers' ports 7998-8017 (server_pool): wants another",
         ),
         ({"models": {"a": {}}}, "models.a: wants a path (a GGUF file), or a repo"),
         ({"models": {"a": "x.gguf"}}, 'models.a: got "x.gguf", wants an object'),
