@@ -57,6 +57,12 @@ class RequestTooLarge(SmartProxyError):
     http_status, code, type = 413, "request_too_large", "invalid_request_error"
 
 
+class HeadTooLarge(SmartProxyError):
+    """The request's head is larger than a worker reads."""
+
+    http_status, code, type = 431, "request_too_large", "invalid_request_error"
+
+
 class QueueFull(SmartProxyError):
     """More than `max_queue` requests already wait for a load."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from smartproxy.catalog.catalog import build_catalog
@@ -13,10 +13,10 @@ from smartproxy.errors import (
     RequestTooLarge,
     RouteNotFound,
     SmartProxyError,
-    openai_body,
 )
 from smartproxy.proxy import routes
 from smartproxy.proxy.ensure import Broker
+from smartproxy.proxy.own_answers import cross_origin, error_answer
 from smartproxy.proxy.pages import models, monitoring
 from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.proxy.worker.plain import EXTENSION
@@ -45,7 +45,8 @@ def create_app(settings: Settings) -> Flask:
 
 def _open_to_pages(response: Response) -> Response:
     """Let pages of other origins read our own answers, as they can read llama-server's."""
-    response.headers.setdefault("Access-Control-Allow-Origin", request.headers.get("Origin", "*"))
+    for name, value in cross_origin(routes.origin()):
+        response.headers.setdefault(name.decode(), value.decode("latin-1"))
     return response
 
 
@@ -77,10 +78,5 @@ def _handle_errors(app: Flask, settings: Settings) -> None:
 
 
 def error_response(error: SmartProxyError) -> Response:
-    """Return an error in OpenAI's shape; the header tells ours from a server's."""
-    response = jsonify(openai_body(error))
-    response.status_code = error.http_status
-    response.headers["X-Smartproxy-Error"] = error.code
-    if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(error.retry_after_s)
-    return response
+    """Return an error as Flask's answer."""
+    return routes.as_response(error_answer(error, routes.origin()))

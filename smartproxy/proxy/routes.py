@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import orjson
 from flask import Blueprint, Response, g, request
+from werkzeug.datastructures import Headers
 from werkzeug.formparser import FormDataParser
 
 from smartproxy.catalog.catalog import Catalog, ModelSpec
@@ -24,8 +25,9 @@ from smartproxy.errors import (
     RouteNotFound,
     SmartProxyError,
 )
-from smartproxy.proxy import auth
+from smartproxy.proxy import auth, own_answers
 from smartproxy.proxy.ensure import Broker
+from smartproxy.proxy.own_answers import OwnAnswer
 from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.proxy.relay.relay import Job, hand_over
 from smartproxy.proxy.wire.heads import header_bytes
@@ -76,7 +78,7 @@ def blueprint(
     @routes.route("/<path:path>", methods=METHODS, provide_automatic_options=False)
     def relay_any(path: str) -> Response:
         if request.method == "OPTIONS" and not path.startswith("upstream/"):
-            return preflight()
+            return as_response(own_answers.preflight(origin()))
         auth.check(request, settings)
         if path.startswith("upstream/"):
             spec, target = upstream_target(catalog, path.removeprefix("upstream/"))
@@ -226,11 +228,16 @@ def raw_target() -> str:
     return quote(request.path, safe=PATH_SAFE) + (f"?{query}" if query else "")
 
 
-def preflight() -> Response:
-    """Answer a browser's CORS preflight as llama-server does: it never carries a body or a key."""
-    response = Response(status=200, mimetype="text/html")
-    response.headers["Access-Control-Allow-Origin"] = request.headers.get("Origin", "*")
-    response.headers["Access-Control-Allow-Credentials"] = "true"
-    response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
-    response.headers["Access-Control-Allow-Headers"] = "*"
+def origin() -> bytes:
+    """Return the origin of the page that asks, or nothing."""
+    return request.headers.get("Origin", "").encode("latin-1")
+
+
+def as_response(answer: OwnAnswer) -> Response:
+    """Return an answer of our own as Flask's."""
+    response = Response(answer.body, status=answer.status)
+    response.headers = Headers(
+        [(name.decode(), value.decode("latin-1")) for name, value in answer.headers]
+    )
+    response.content_length = len(answer.body)
     return response

@@ -195,6 +195,40 @@ def test_a_refusal_has_its_status_and_code(
         assert is_well(wire)
 
 
+ORIGIN = "Origin: https://page.example\r\n"
+
+
+@pytest.mark.parametrize(("extra", "allowed"), [(ORIGIN, "https://page.example"), ("", "*")])
+def test_pages_may_read_a_refusal_of_the_relay(proxy: Gunicorn, extra: str, allowed: str) -> None:
+    with proxy.connect() as wire:
+        answer = wire.post("/x", {"model": "!queue_full"}, extra).read_answer()
+    assert answer.status == 429
+    assert answer.header("access-control-allow-origin") == allowed
+    assert answer.header("x-smartproxy-error") == "queue_full"
+
+
+def test_a_stream_that_waits_and_is_refused_can_be_read_by_pages(
+    hasty: Gunicorn, tmp_path: Path
+) -> None:
+    model = f"!model_load_failed@{tmp_path / 'gate'}"
+    with hasty.connect() as wire:
+        wire.post("/x", {"model": model, "stream": True}, ORIGIN)
+        status, headers = wire.read_head()
+        assert status == 200
+        assert ("Access-Control-Allow-Origin", "https://page.example") in headers
+        (tmp_path / "gate").touch()
+        assert b'"code":"model_load_failed"' in rest_of(wire)
+
+
+def test_a_head_without_end_is_refused_in_our_shape(proxy: Gunicorn) -> None:
+    with proxy.connect() as wire:
+        head = f"GET / HTTP/1.1\r\n{ORIGIN}X: "
+        answer = wire.send(head.encode() + b"x" * 70000).read_answer()
+        assert (answer.status, error_code(answer)) == (431, "request_too_large")
+        assert answer.header("access-control-allow-origin") == "https://page.example"
+        assert answer.header("connection") == "close"
+
+
 # --- clients that go -------------------------------------------------------------------------
 
 

@@ -6,21 +6,13 @@ Two kinds exist: `socket_client` and `wsgi_client`. All of it runs in the relay'
 from __future__ import annotations
 
 from collections.abc import Callable
-from http import HTTPStatus
 
 import orjson
 
 from smartproxy.errors import SmartProxyError, openai_body
+from smartproxy.proxy.own_answers import OwnAnswer, error_answer
 from smartproxy.proxy.wire.bodies import LAST_CHUNK, chunk
 from smartproxy.proxy.wire.heads import AnswerHead, Framing
-
-EVENT_STREAM_HEAD = AnswerHead(
-    status=200,
-    reason=b"OK",
-    headers=((b"Content-Type", b"text/event-stream"), (b"Cache-Control", b"no-cache")),
-    framing=Framing.CHUNKED,
-    is_event_stream=True,
-)
 
 
 def _nothing() -> None:
@@ -87,13 +79,14 @@ class Client:
             self.write(LAST_CHUNK)
         self.finish()
 
-    def fail(self, error: SmartProxyError, *, torn: bool) -> None:
+    def fail(self, error: SmartProxyError, *, torn: bool, origin: bytes) -> None:
         """Say what went wrong in whatever way is still possible.
 
+        origin: of the page that asked, or nothing.
         torn: the last bytes ended inside a chunk, so nothing can be put behind them.
         """
         if not self.began:
-            self._answer_json(error)
+            self.answer(error_answer(error, origin))
         elif self.is_event_stream and not torn and self.framing is not Framing.LENGTH:
             # The blank line ends an event that the server may have left half sent.
             self.write_event(b"\n\ndata: " + orjson.dumps(openai_body(error)) + b"\n\n")
@@ -101,26 +94,10 @@ class Client:
         else:
             self.cut()
 
-    def _answer_json(self, error: SmartProxyError) -> None:
-        body = orjson.dumps(openai_body(error))
-        headers = [
-            (b"Content-Type", b"application/json"),
-            (b"Content-Length", b"%d" % len(body)),
-            (b"X-Smartproxy-Error", error.code.encode()),
-        ]
-        if error.retry_after_s is not None:
-            headers.append((b"Retry-After", b"%d" % error.retry_after_s))
-        status = error.http_status
-        self.begin(
-            AnswerHead(
-                status=status,
-                reason=HTTPStatus(status).phrase.encode(),
-                headers=tuple(headers),
-                framing=Framing.LENGTH,
-                length_bytes=len(body),
-            )
-        )
-        self.write(body)
+    def answer(self, answer: OwnAnswer) -> None:
+        """Send a whole answer of our own."""
+        self.begin(answer.head)
+        self.write(answer.body)
         self.finish()
 
     def _send_head(self, head: AnswerHead) -> None:

@@ -18,8 +18,9 @@ from flask import Response
 from werkzeug.datastructures import Headers
 
 from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
+from smartproxy.proxy.own_answers import event_stream_head
 from smartproxy.proxy.relay import nginx
-from smartproxy.proxy.relay.client import EVENT_STREAM_HEAD, Client
+from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.relay.nginx import Way
 from smartproxy.proxy.relay.upstream import ClientStalled, Exchange, Job, ServerDied
 from smartproxy.proxy.relay.wsgi_client import WsgiClient
@@ -147,7 +148,7 @@ class Request:
         if not self.job.stream:
             return await acquiring
         loop = asyncio.get_running_loop()
-        comments = Comments(self.client, self.job.sse_wait_comment_after_s, loop)
+        comments = Comments(self.client, self.job, loop)
         try:
             return await acquiring
         finally:
@@ -193,15 +194,17 @@ class Request:
         if not isinstance(error, SmartProxyError):
             logger.error("relaying to %r failed", self.job.model_id, exc_info=error)
             error = SmartProxyError("the relay failed; the log says why")
-        self.client.fail(error, torn=self._exchange is not None and self._exchange.torn)
+        torn = self._exchange is not None and self._exchange.torn
+        self.client.fail(error, torn=torn, origin=self.job.origin)
 
 
 class Comments:
     """Signs of life on an event stream that still waits for its model."""
 
-    def __init__(self, client: Client, every_s: float, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, client: Client, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client
-        self._every_s = every_s
+        self._origin = job.origin
+        self._every_s = every_s = job.sse_wait_comment_after_s
         self._loop = loop
         self._since = loop.time()
         self._timer = loop.call_later(every_s, self._comment)
@@ -211,7 +214,7 @@ class Comments:
 
     def _comment(self) -> None:
         if not self._client.began:
-            self._client.begin(EVENT_STREAM_HEAD)
+            self._client.begin(event_stream_head(self._origin))
         waited_s = self._loop.time() - self._since
         self._client.write_event(b": waiting for the model, %d s so far\n\n" % waited_s)
         self._timer = self._loop.call_later(self._every_s, self._comment)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import orjson
 
 from smartproxy.errors import UpstreamTimeout
+from smartproxy.proxy.own_answers import origin_of
 from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.wire.bodies import Body, body_for
 from smartproxy.proxy.wire.channel import Channel
@@ -60,6 +61,11 @@ class Job:
     sse_wait_comment_after_s: float
     #: told at the end the model and the status its client got; 0: it left before, None: nginx knows
     on_settled: Callable[[str, int | None], None] | None = None
+
+    @property
+    def origin(self) -> bytes:
+        """Return the origin of the page that asks, or nothing."""
+        return origin_of(self.headers)
 
 
 class Exchange:

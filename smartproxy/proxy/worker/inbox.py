@@ -11,18 +11,18 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from smartproxy.errors import HeadTooLarge, SmartProxyError
+from smartproxy.proxy.own_answers import error_answer
 from smartproxy.proxy.wire.channel import Channel
+from smartproxy.proxy.wire.heads import Framing, client_head
 from smartproxy.proxy.wire.poller import PollingLoop
 
 HEAD_END = b"\r\n\r\n"
 MAX_HEAD_BYTES = 65536
-HEAD_TOO_LARGE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
-)
 #: how many bytes of bodies one worker collects at once; a request beyond is read by its thread
 MAX_COLLECTED_BYTES = 256 << 20
 LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n", re.IGNORECASE)
+ORIGIN = re.compile(rb"\r\norigin:([\t\x20-\x7e]*)\r\n", re.IGNORECASE)
 #: bodies of unknown length, and bodies that the client sends only when asked to
 UNCOLLECTED = re.compile(rb"\r\n(?:transfer-encoding|expect)[ \t]*:", re.IGNORECASE)
 
@@ -121,8 +121,8 @@ class Reception:
         head_bytes = self._buffer.find(HEAD_END) + len(HEAD_END)
         if head_bytes < len(HEAD_END):
             if len(self._buffer) > MAX_HEAD_BYTES:
-                self.channel.write(HEAD_TOO_LARGE)
                 self._waits = False
+                self._refuse(HeadTooLarge(f"the head is over {MAX_HEAD_BYTES} bytes"))
                 self._on_gone(self)
             return False
         if UNCOLLECTED.search(self._buffer, 0, head_bytes):
@@ -132,6 +132,12 @@ class Reception:
         self._head_bytes = head_bytes
         self._body_bytes = int(length[1]) if length else 0
         return True
+
+    def _refuse(self, error: SmartProxyError) -> None:
+        origin = ORIGIN.search(self._buffer)
+        answer = error_answer(error, origin[1].strip(b" \t") if origin else b"")
+        head = client_head(answer.head, Framing.LENGTH, keep_alive=False)
+        self.channel.write(head + answer.body)
 
     def _give(self, head_bytes: int, taken_bytes: int) -> None:
         self.head = bytes(memoryview(self._buffer)[:head_bytes])

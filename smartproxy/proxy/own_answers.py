@@ -1,0 +1,97 @@
+"""Answers of our own: their status, headers and body, built once for every way out.
+
+The relay, Flask and the worker's loop send them, each in its own manner. Without one place a
+browser could read a refusal of Flask's and not the same refusal of the relay's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import orjson
+
+from smartproxy.errors import SmartProxyError, openai_body
+from smartproxy.proxy.wire.heads import AnswerHead, Framing, header
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnAnswer:
+    """A whole answer. `headers` has all but what belongs to one connection (date, framing)."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+    @property
+    def head(self) -> AnswerHead:
+        """Return the head for a connection of ours."""
+        return AnswerHead(
+            status=self.status,
+            reason=HTTPStatus(self.status).phrase.encode(),
+            headers=(*self.headers, (b"Content-Length", b"%d" % len(self.body))),
+            framing=Framing.LENGTH,
+            length_bytes=len(self.body),
+        )
+
+
+def origin_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return the origin of the page that asks, or nothing."""
+    return header(headers, b"origin")
+
+
+def cross_origin(origin: bytes) -> Headers:
+    """Return what lets a page of this origin read an answer, as it can read llama-server's."""
+    return ((b"Access-Control-Allow-Origin", origin or b"*"),)
+
+
+def error_answer(error: SmartProxyError, origin: bytes, *, status: int | None = None) -> OwnAnswer:
+    """Return an error in OpenAI's shape; its X-Smartproxy-Error tells ours from a server's.
+
+    status: where it is another than the error's.
+    """
+    headers = [
+        (b"Content-Type", b"application/json"),
+        (b"X-Smartproxy-Error", error.code.encode()),
+        *cross_origin(origin),
+    ]
+    if error.retry_after_s is not None:
+        headers.append((b"Retry-After", b"%d" % error.retry_after_s))
+    return OwnAnswer(
+        status=status or error.http_status,
+        headers=tuple(headers),
+        body=orjson.dumps(openai_body(error)),
+    )
+
+
+def event_stream_head(origin: bytes) -> AnswerHead:
+    """Return the head of a stream that begins before its server has answered."""
+    return AnswerHead(
+        status=200,
+        reason=b"OK",
+        headers=(
+            (b"Content-Type", b"text/event-stream"),
+            (b"Cache-Control", b"no-cache"),
+            *cross_origin(origin),
+        ),
+        framing=Framing.CHUNKED,
+        is_event_stream=True,
+    )
+
+
+def preflight(origin: bytes) -> OwnAnswer:
+    """Answer a browser's CORS preflight as llama-server does: it never carries a body or a key."""
+    return OwnAnswer(
+        status=200,
+        headers=(
+            (b"Content-Type", b"text/html; charset=utf-8"),
+            *cross_origin(origin),
+            (b"Access-Control-Allow-Credentials", b"true"),
+            (b"Access-Control-Allow-Methods", b"GET, POST, DELETE, OPTIONS"),
+            (b"Access-Control-Allow-Headers", b"*"),
+        ),
+        body=b"",
+    )
