@@ -16,17 +16,19 @@ from smartproxy.errors import (
 )
 from smartproxy.proxy import routes
 from smartproxy.proxy.ensure import Broker
+from smartproxy.proxy.inference import Incoming, job_for
 from smartproxy.proxy.own_answers import cross_origin, error_answer
 from smartproxy.proxy.pages import models, monitoring
 from smartproxy.proxy.pages.counting import RequestCounts
-from smartproxy.proxy.worker.plain import EXTENSION
+from smartproxy.proxy.relay.relay import Job
+from smartproxy.proxy.worker.plain import Application
 from smartproxy.state.store import Store
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings) -> Flask:
-    """Return the WSGI application. Call it after the fork: it holds sockets and threads."""
+def create_app(settings: Settings) -> Application:
+    """Return the application. Call it after the fork: it holds sockets and threads."""
     app = Flask(__name__, static_folder=None)
     app.url_map.merge_slashes = False
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mb << 20
@@ -36,11 +38,14 @@ def create_app(settings: Settings) -> Flask:
     counting, broker = RequestCounts(store), Broker(store, settings)
     app.register_blueprint(monitoring.blueprint(settings, store, counting))
     app.register_blueprint(models.blueprint(settings, catalog, store))
-    app.register_blueprint(routes.blueprint(settings, catalog, broker, counting))
-    app.extensions[EXTENSION] = routes.express(settings, catalog, broker, counting)
-    _handle_errors(app, settings)
+
+    def decide(incoming: Incoming) -> Job:
+        return job_for(incoming, settings, catalog, counting.settled)
+
+    app.register_blueprint(routes.blueprint(decide, broker, counting.refused))
+    handle_errors(app, settings)
     app.after_request(_open_to_pages)
-    return app
+    return Application(wsgi=app, broker=broker, decide=decide, on_refused=counting.refused)
 
 
 def _open_to_pages(response: Response) -> Response:
@@ -50,7 +55,7 @@ def _open_to_pages(response: Response) -> Response:
     return response
 
 
-def _handle_errors(app: Flask, settings: Settings) -> None:
+def handle_errors(app: Flask, settings: Settings) -> None:
     """The one place where an error becomes an answer."""
 
     @app.errorhandler(SmartProxyError)

@@ -20,17 +20,21 @@ def check(request: Request, settings: Settings) -> None:
     With admin_keys, /api/ needs one of them. With api_keys, everything else needs one (an admin key
     is good everywhere).
     """
-    check_key(request.path, presented_key(request.headers.get), settings)
+    check_key(request.path, request.headers.get, settings)
 
 
-def check_key(path: str, given: str | None, settings: Settings) -> None:
-    """Raise InvalidApiKey unless who presents this key, or none, may use the path."""
+def check_key(path: str, header: Callable[[str, str], str], settings: Settings) -> None:
+    """Raise InvalidApiKey unless who sends these headers may use the path.
+
+    header: returns a header's value, or what it is told where there is none.
+    """
     if path.startswith("/api/") and settings.admin_keys:
         wanted: Iterable[str] = settings.admin_keys
     elif settings.api_keys and path not in PUBLIC_PATHS:
         wanted = (*settings.api_keys, *settings.admin_keys)
     else:
         return
+    given = presented_key(header)
     if given is None:
         raise InvalidApiKey("no API key: send `Authorization: Bearer KEY`")
     # every key is compared in constant time, so that answers tell nothing about them

@@ -20,16 +20,16 @@ EVENTS = [b"data: %d\n\n" % number for number in range(50)]
 STREAM = event_head() + b"".join(map(chunk, EVENTS)) + b"0\r\n\r\n"
 
 
-@pytest.fixture(scope="module", params=["framework", "express"])
+@pytest.fixture(scope="module", params=["framework", "plain"])
 def proxy(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gunicorn]:
     """A proxy whose application sees every request, and one that decides on plain ones itself."""
-    env = {"RELAY_TEST_EXPRESS": "1"} if request.param == "express" else {}
+    env = {"RELAY_TEST_PLAIN": "1"} if request.param == "plain" else {}
     with gunicorn(tmp_path_factory.mktemp("relay"), env=env) as started:
         yield started
         if env:
-            assert started.health()["express"] > 0
+            assert started.health()["plain"] > 0
 
 
 def answering(data: bytes) -> Upstream:

@@ -26,16 +26,16 @@ pytestmark = pytest.mark.servers
 TIMES = {"RELAY_TEST_REQUEST_TIMEOUT_S": "1", "RELAY_TEST_COMMENT_AFTER_S": "0.15"}
 
 
-@pytest.fixture(scope="module", params=["framework", "express"])
+@pytest.fixture(scope="module", params=["framework", "plain"])
 def proxy(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gunicorn]:
     """A proxy whose application sees every request, and one that decides on plain ones itself."""
-    env = {"RELAY_TEST_EXPRESS": "1"} if request.param == "express" else {}
+    env = {"RELAY_TEST_PLAIN": "1"} if request.param == "plain" else {}
     with gunicorn(tmp_path_factory.mktemp("faults"), env=env) as started:
         yield started
         if env:
-            assert started.health()["express"] > 0
+            assert started.health()["plain"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,20 @@ import asyncio
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
-import orjson
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, jsonify
 
+from smartproxy.catalog.catalog import Catalog, ModelSpec, build_catalog
+from smartproxy.config.settings import ModelSettings, Settings
 from smartproxy.errors import from_code
-from smartproxy.proxy.relay.relay import Grant, Job, hand_over
-from smartproxy.proxy.wire.heads import header_bytes
-from smartproxy.proxy.worker.plain import EXTENSION, Express, PlainRequest
+from smartproxy.proxy import routes
+from smartproxy.proxy.app import handle_errors
+from smartproxy.proxy.inference import Incoming, job_for
+from smartproxy.proxy.relay.relay import Grant, Job
+from smartproxy.proxy.worker.plain import Application
 
 LOOK_EVERY_S = 0.005
 
@@ -56,50 +61,55 @@ class PortBroker:
         self.counts["released"] += 1
 
 
-def create_app() -> Flask:
+class PortCatalog:
+    """Knows every name as a model."""
+
+    default = None
+
+    def __init__(self, settings: Settings) -> None:
+        (self._any,) = build_catalog(settings).models.values()
+
+    def resolve(self, name: str) -> ModelSpec:
+        return replace(self._any, id=name)
+
+
+class AllPaths:
+    """Lets a POST to any path go the plain way."""
+
+    def __contains__(self, path: object) -> bool:
+        return True
+
+
+def create_app() -> Application:
     """Return the application; its times come from the environment."""
     app = Flask(__name__, static_folder=None)
-    broker = PortBroker()
-    request_timeout_s = float(os.environ.get("RELAY_TEST_REQUEST_TIMEOUT_S", "30"))
-    comment_after_s = float(os.environ.get("RELAY_TEST_COMMENT_AFTER_S", "30"))
+    settings = Settings(
+        models={"any": ModelSettings(path=Path("any.gguf"))},
+        max_body_mb=1000,
+        request_timeout=float(os.environ.get("RELAY_TEST_REQUEST_TIMEOUT_S", "30")),
+        sse_wait_comment_after=float(os.environ.get("RELAY_TEST_COMMENT_AFTER_S", "30")),
+    )
+
+    broker, catalog = PortBroker(), cast(Catalog, PortCatalog(settings))
 
     @app.get("/health")
     def health() -> Response:
         held = {port: held for port, held in broker.held.items() if held}
         return jsonify(held=held, pid=os.getpid(), **broker.counts)
 
-    @app.route("/<path:path>", methods=["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
-    def relay(path: str) -> Response:
-        body = request.get_data(cache=False)
-        fields = orjson.loads(body) if body.startswith(b"{") else {}
-        job = Job(
-            model_id=str(request.args.get("model") or fields["model"]),
-            method=request.method,
-            target=request.environ.get("RAW_URI") or f"/{path}",
-            headers=header_bytes(request.headers.items()),
-            body=body,
-            stream=fields.get("stream") is True,
-            request_timeout_s=request_timeout_s,
-            sse_wait_comment_after_s=comment_after_s,
-        )
-        return hand_over(request.environ, job, broker)
+    def decide(incoming: Incoming) -> Job:
+        return job_for(incoming, settings, catalog, None)
 
-    def decide(plain: PlainRequest, body: bytes) -> Job | None:
-        if not body.startswith(b"{"):
-            return None
-        fields = orjson.loads(body)
-        broker.counts["express"] += 1
-        return Job(
-            model_id=fields["model"],
-            method="POST",
-            target=plain.target.decode(),
-            headers=plain.headers,
-            body=body,
-            stream=fields.get("stream") is True,
-            request_timeout_s=request_timeout_s,
-            sse_wait_comment_after_s=comment_after_s,
-        )
+    def decide_plain(incoming: Incoming) -> Job:
+        broker.counts["plain"] += 1
+        return decide(incoming)
 
-    if "RELAY_TEST_EXPRESS" in os.environ:
-        app.extensions[EXTENSION] = Express(broker=broker, decide=decide)
-    return app
+    app.register_blueprint(routes.blueprint(decide, broker, lambda status: None))
+    handle_errors(app, settings)
+    return Application(
+        wsgi=app,
+        broker=broker,
+        decide=decide_plain,
+        on_refused=lambda status: None,
+        paths=AllPaths() if "RELAY_TEST_PLAIN" in os.environ else (),
+    )

@@ -48,6 +48,10 @@ class RequestCounts:
         """Count a relayed request by the status that its client got (Job.on_settled)."""
         self.add(model_id, "nginx" if status is None else str(status or CLIENT_LEFT))
 
+    def refused(self, status: int) -> None:
+        """Count a request that no model was found for, or that was refused before."""
+        self.add("", str(status))
+
     def write(self) -> None:
         """Write what was counted since the last time; kept for later when the file can't be."""
         with self._writing:

@@ -20,7 +20,7 @@ from gunicorn.workers.gthread import ThreadWorker
 from smartproxy.proxy.relay.nginx import Way
 from smartproxy.proxy.relay.relay import TICKET_KEY, Broker, Job
 from smartproxy.proxy.worker.inbox import Outbox, Reception
-from smartproxy.proxy.worker.plain import EXTENSION, Express
+from smartproxy.proxy.worker.plain import Application
 
 MAX_INLINE_PATHS = 64
 #: for a client to go on with what it is sending, or to read what it is sent, while a thread waits
@@ -60,7 +60,7 @@ class HandlingWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         self._local = threading.local()
         #: paths whose last request was handed over
         self._inline_paths: set[str] = set()
-        self._express: Express | None = None
+        self._plain: Application | None = None
         super().init_process()
 
     def load_wsgi(self) -> None:
@@ -69,7 +69,7 @@ class HandlingWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         self.wsgi = partial(self._call_application, application)
         # an access log or a count of requests needs gunicorn's own objects
         if not (self.log.access_log_enabled or self.cfg.max_requests):
-            self._express = getattr(application, "extensions", {}).get(EXTENSION)
+            self._plain = application if isinstance(application, Application) else None
 
     def handle_collected(self, reception: Reception) -> Any:
         """Run gunicorn's `handle` on a connection's request; in a thread or in the loop."""

@@ -1,21 +1,21 @@
 """The short way of a plain request: from its bytes to a job, without a framework in between.
 
 Only what is fully understood goes it: one POST, its head and body complete, headers of the plainest
-form. Everything else, and everything that must be refused, goes gunicorn's and Flask's way, so that
-there is one place that says no. docs/datapath.md has what it saves.
+form. Everything else goes gunicorn's and Flask's way. What becomes of the request is decided by the
+same function on both (`inference`). docs/datapath.md has what the short way saves.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from smartproxy.proxy.inference import INFERENCE_PATHS, Incoming
 from smartproxy.proxy.relay.relay import Broker
 from smartproxy.proxy.relay.upstream import Job
 
-#: where an application keeps its Express, among its `extensions`
-EXTENSION = "smartproxy.express"
 #: gunicorn's limits on lines and their number are looked at for longer ones
 MAX_HEAD_BYTES = 8192
 #: a larger body is parsed in a thread, as it may take milliseconds
@@ -27,7 +27,9 @@ HEAD = re.compile(
     rb"POST (/[!-~]*) HTTP/1\.1\r\n"
     rb"((?:[!#$%&'*+\-.^`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)+)\r\n"
 )
-ONCE = frozenset({b"host", b"content-length", b"content-type", b"authorization"})
+ONCE = frozenset(
+    {b"host", b"content-length", b"content-type", b"authorization", b"x-api-key", b"origin"}
+)
 #: what changes how the message is to be read
 OTHER_WAY = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"http2-settings"})
 
@@ -50,12 +52,36 @@ class PlainRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Express:
-    """An application's offer to decide on plain requests."""
+class Application:
+    """A WSGI application, and what a RelayWorker needs of it beside that."""
 
+    wsgi: Callable[..., Iterable[bytes]]
     broker: Broker
-    #: None: let the application see it in full
-    decide: Callable[[PlainRequest, bytes], Job | None]
+    #: raises SmartProxyError
+    decide: Callable[[Incoming], Job]
+    #: told the status of a refusal
+    on_refused: Callable[[int], None]
+    #: paths of POST requests that are always the relay's
+    paths: Container[str] = INFERENCE_PATHS
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        return self.wsgi(environ, start_response)
+
+
+def incoming_of(plain: PlainRequest, body: bytes, paths: Container[str]) -> Incoming | None:
+    """Return a plain request as the decision sees it; None: it goes the other way."""
+    path = plain.path.decode("latin-1")
+    if path not in paths or plain.fields.get(b"content-type", b"")[:10].lower() == b"multipart/":
+        return None
+    return Incoming(
+        method="POST",
+        path=path,
+        target=plain.target.decode("latin-1"),
+        headers=plain.headers,
+        body=body,
+    )
 
 
 def plain_request(head: bytes) -> PlainRequest | None:

@@ -1,7 +1,7 @@
 """gunicorn's worker for relaying: one event loop has all sockets, threads only run the application.
 
 The loop (asyncio, main thread) accepts, collects requests, relays and keeps connections alive. A
-collected request of the plainest form is decided on right here (`express`); any other is parsed and
+collected request of the plainest form is decided on right here (`plain`); any other is parsed and
 handled by gunicorn's own code (`handling`) in a thread, or, where the path is known to hand its
 requests over at once, in the loop. gunicorn's poller and queues stay unused. No TLS and no HTTP/2:
 that is nginx's part.
@@ -20,6 +20,8 @@ from gunicorn.errors import ConfigError
 from gunicorn.http import get_parser
 from gunicorn.workers.gthread import TConn
 
+from smartproxy.errors import SmartProxyError
+from smartproxy.proxy.own_answers import error_answer, origin_of
 from smartproxy.proxy.relay import nginx, relay
 from smartproxy.proxy.relay.relay import Request
 from smartproxy.proxy.relay.socket_client import SocketClient
@@ -27,8 +29,8 @@ from smartproxy.proxy.wire.channel import HIGH_WATER_BYTES, close_gently
 from smartproxy.proxy.worker.application import HandlingWorker, RelayTicket
 from smartproxy.proxy.worker.balance import Neighbours
 from smartproxy.proxy.worker.inbox import Collected, Outbox, Reception
-from smartproxy.proxy.worker.plain import MAX_BODY_BYTES as MAX_EXPRESS_BODY_BYTES
-from smartproxy.proxy.worker.plain import Express, plain_request
+from smartproxy.proxy.worker.plain import MAX_BODY_BYTES as MAX_PLAIN_BODY_BYTES
+from smartproxy.proxy.worker.plain import Application, incoming_of, plain_request
 
 #: before the end of graceful_timeout (when the master kills) open streams get their final event
 FAREWELL_S = 2.0
@@ -190,7 +192,7 @@ class RelayWorker(HandlingWorker):
         self._waiting.pop(reception, None)
         body, head = reception.body, reception.head
         if body is not None:
-            if self._express and self._try_express(self._express, reception, body):
+            if self._plain and self._try_plain(self._plain, reception, body):
                 return
             if len(head) + len(body) <= MAX_INLINE_BYTES:
                 target = head.split(b" ", 2)[1:2]
@@ -204,27 +206,33 @@ class RelayWorker(HandlingWorker):
             lambda done: self._loop.call_soon_threadsafe(self._handled_in_thread, reception, done)
         )
 
-    def _try_express(self, express: Express, reception: Reception, body: bytes) -> bool:
-        """Relay a plain request without gunicorn's parser and the application; false: not one."""
-        if len(body) > MAX_EXPRESS_BODY_BYTES:
+    def _try_plain(self, application: Application, reception: Reception, body: bytes) -> bool:
+        """Relay or refuse a plain request without gunicorn's parser and Flask; false: not one."""
+        if len(body) > MAX_PLAIN_BODY_BYTES:
             return False
         plain = plain_request(reception.head)
-        job = express.decide(plain, body) if plain else None
-        if plain is None or job is None:
+        incoming = incoming_of(plain, body, application.paths) if plain else None
+        if plain is None or incoming is None:
             return False
         reception.body = None
-        way = nginx.way(
-            data_plane=plain.field(b"x-smartproxy-data-plane"),
-            retry=plain.field(b"x-smartproxy-retry"),
-            family=reception.conn.sock.family,
-        )
         client = SocketClient(
             self._loop,
             reception.channel,
             keep_alive=plain.keep_alive and self.alive and bool(self.cfg.keepalive),
             on_done=partial(self._relayed, reception),
         )
-        self._relay.start_here(Request(job=job, broker=express.broker, client=client, way=way))
+        try:
+            job = application.decide(incoming)
+        except SmartProxyError as error:
+            application.on_refused(error.http_status)
+            client.answer(error_answer(error, origin_of(incoming.headers)))
+            return True
+        way = nginx.way(
+            data_plane=plain.field(b"x-smartproxy-data-plane"),
+            retry=plain.field(b"x-smartproxy-retry"),
+            family=reception.conn.sock.family,
+        )
+        self._relay.start_here(Request(job=job, broker=application.broker, client=client, way=way))
         return True
 
     def _handle_here(self, reception: Reception) -> None:

@@ -1,0 +1,206 @@
+"""What becomes of a request that is not for a page of ours: a job for the relay, or an error.
+
+`job_for` is the only place that decides. The worker's plain way and Flask's route each describe the
+request as an `Incoming` and call it. Nothing here knows who carries the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+from urllib.parse import parse_qsl, quote
+
+import orjson
+from werkzeug.formparser import FormDataParser
+from werkzeug.http import parse_options_header
+
+from smartproxy.catalog.catalog import Catalog, ModelSpec
+from smartproxy.config.settings import Settings
+from smartproxy.errors import (
+    InvalidJson,
+    ModelNotFound,
+    ModelRequired,
+    RequestTooLarge,
+    RouteNotFound,
+)
+from smartproxy.proxy import auth
+from smartproxy.proxy.relay.upstream import Job
+from smartproxy.proxy.wire.heads import header
+
+INFERENCE_PATHS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/chat/completions",
+        "/v1/completions",
+        "/completions",
+        "/completion",
+        "/v1/embeddings",
+        "/embeddings",
+        "/v1/rerank",
+        "/rerank",
+        "/v1/reranking",
+        "/reranking",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/infill",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+        "/v1/audio/transcriptions",
+    }
+)
+UPSTREAM_PREFIX = "/upstream/"
+#: what a URL path may carry unquoted, '/' included (RFC 3986 pchar)
+PATH_SAFE = "/:@!$&'()*+,;=-._~"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incoming:
+    """A request, complete, whoever read it."""
+
+    method: str
+    #: without query, percent signs decoded
+    path: str
+    #: path and query as the client sent them
+    target: str
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+    @property
+    def for_inference(self) -> bool:
+        """Whether its path is one of those that always are for a model."""
+        return self.method == "POST" and self.path in INFERENCE_PATHS
+
+    @property
+    def query(self) -> str:
+        """Return what follows the question mark, as sent."""
+        return self.target.partition("#")[0].partition("?")[2]
+
+    def field(self, name: str, default: str = "") -> str:
+        """Return a header's first value."""
+        return header(self.headers, name.lower().encode()).decode("latin-1") or default
+
+
+def job_for(
+    incoming: Incoming,
+    settings: Settings,
+    catalog: Catalog,
+    on_settled: Callable[[str, int | None], None] | None,
+) -> Job:
+    """Return what the relay is to do for a request.
+
+    Raises RequestTooLarge, InvalidApiKey, InvalidJson, ModelRequired, ModelNotFound or
+    RouteNotFound.
+    """
+    check_size(len(incoming.body), settings)
+    auth.check_key(incoming.path, incoming.field, settings)
+    fields = None
+    if incoming.path.startswith(UPSTREAM_PREFIX):
+        spec, target = upstream_target(catalog, incoming)
+    else:
+        fields = body_fields(incoming)
+        spec, target = named_model(catalog, incoming, fields), incoming.target
+    return Job(
+        model_id=spec.id,
+        method=incoming.method,
+        target=target,
+        headers=incoming.headers,
+        body=incoming.body,
+        stream=bool(fields and fields.get("stream") is True),
+        request_timeout_s=settings.request_timeout,
+        sse_wait_comment_after_s=settings.sse_wait_comment_after,
+        on_settled=on_settled,
+    )
+
+
+def check_size(body_bytes: int, settings: Settings) -> None:
+    """Raise RequestTooLarge for a body over the limit."""
+    if body_bytes > settings.max_body_mb << 20:
+        raise RequestTooLarge(f"the body is larger than {settings.max_body_mb} MB (max_body_mb)")
+
+
+def body_fields(incoming: Incoming) -> dict[str, Any] | None:
+    """Return the fields that name model and stream; None when the body has none to offer.
+
+    Raises InvalidJson for a body of an inference route that is neither JSON nor a form.
+    """
+    inference = incoming.for_inference
+    content_type = incoming.field("content-type")
+    if content_type.lower().startswith("multipart/form-data"):
+        return form_fields(content_type, incoming.body)
+    if not incoming.body and not inference:
+        return None
+    try:
+        fields = parsed(incoming.body)
+    except (ValueError, RecursionError) as error:
+        if inference:
+            raise InvalidJson(f"the body is not JSON: {error}") from None
+        return None
+    if isinstance(fields, dict):
+        return fields
+    if inference:
+        raise InvalidJson(f"the body wants a JSON object, got {type(fields).__name__}")
+    return None
+
+
+def form_fields(content_type: str, body: bytes) -> dict[str, Any]:
+    """Return the fields of a multipart form, its files left out."""
+    mimetype, parameters = parse_options_header(content_type)
+    _, form, _ = FormDataParser().parse(BytesIO(body), mimetype, len(body), parameters)
+    return {**form.to_dict(), "stream": form.get("stream") == "true"}
+
+
+def parsed(body: bytes) -> Any:
+    """Return JSON of any depth; orjson is several times faster but stricter than llama-server."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return json.loads(body.decode("utf-8-sig"))
+
+
+def named_model(catalog: Catalog, incoming: Incoming, fields: dict[str, Any] | None) -> ModelSpec:
+    """Return the model a request is for.
+
+    A path we don't know is relayed only if it names a model we do know: llama-server gains routes.
+    Raises ModelRequired, ModelNotFound or RouteNotFound.
+    """
+    name = (fields or {}).get("model") or query_model(incoming.query)
+    if incoming.for_inference:
+        if name is None or name == "":
+            if catalog.default is None:
+                raise ModelRequired(
+                    "the request names no model and no default_model is configured;"
+                    " GET /v1/models lists those there are"
+                )
+            return catalog.models[catalog.default]
+        if not isinstance(name, str):
+            raise ModelRequired(f"`model` wants a string, got {type(name).__name__}")
+        return catalog.resolve(name)
+    if isinstance(name, str) and name:
+        try:
+            return catalog.resolve(name)
+        except ModelNotFound:
+            pass
+    raise RouteNotFound(f"no route {incoming.method} {incoming.path}; see /openapi.json")
+
+
+def query_model(query: str) -> str | None:
+    """Return what `?model=` says, or None."""
+    if "model" not in query:
+        return None
+    return next((value for key, value in parse_qsl(query) if key == "model"), None)
+
+
+def upstream_target(catalog: Catalog, incoming: Incoming) -> tuple[ModelSpec, str]:
+    """Split `<model>/<path>` at the longest known id; returns what to send to its server."""
+    rest = incoming.path.removeprefix(UPSTREAM_PREFIX)
+    found = catalog.split_path(rest)
+    if found is None:
+        raise ModelNotFound(f"no model's id starts '{rest[:200]}'; GET /v1/models lists them")
+    spec, path = found
+    query = incoming.query
+    return spec, "/" + quote(path, safe=PATH_SAFE) + (f"?{query}" if query else "")
