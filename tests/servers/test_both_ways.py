@@ -151,7 +151,7 @@ CASES = [
         body=chat("zzz"),
         plain=False,
     ),
-    Case("two_slashes", 404, "not_found", target="/" + CHAT, body=chat("zzz"), plain=False),
+    Case("two_slashes", 404, "model_not_found", target="/" + CHAT, body=chat("zzz"), plain=False),
     Case("dots", 404, "not_found", target="/v1/../v1/nope", body=chat("zzz"), plain=False),
     Case("slash_at_the_end", 404, "not_found", target=CHAT + "/", body=chat("zzz"), plain=False),
     Case("capitals", 404, "not_found", target=CHAT.upper(), body=chat("zzz"), plain=False),
