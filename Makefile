@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: run setup test test-fast lint gpu-check soak clean
+.PHONY: run setup test test-fast test-gunicorns lint gpu-check soak clean
 
 run: setup
 	exec $(BIN)/smartproxy serve --config config.json --host $(HOST) --port $(PORT)
@@ -45,6 +45,10 @@ test-fast: setup $(VENV)/.tests lint
 
 test: setup $(VENV)/.tests lint
 	$(BIN)/python -m pytest
+
+# the worker with the oldest and the newest gunicorn that requirements.txt allows
+test-gunicorns: setup $(VENV)/.tests
+	$(BIN)/python deploy/test-gunicorns '26.0.*' '27.*'
 
 # real NVML: fails where there is no GPU
 gpu-check: setup $(VENV)/.tests

@@ -57,6 +57,12 @@ class RequestTooLarge(SmartProxyError):
     http_status, code, type = 413, "request_too_large", "invalid_request_error"
 
 
+class BadRequest(SmartProxyError):
+    """What came is not a valid HTTP/1.1 request, or asks for what no worker does."""
+
+    http_status, code, type = 400, "bad_request", "invalid_request_error"
+
+
 class HeadTooLarge(SmartProxyError):
     """The request's head is larger than a worker reads."""
 

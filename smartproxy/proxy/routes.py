@@ -14,7 +14,7 @@ from werkzeug.datastructures import Headers
 from smartproxy.proxy import own_answers
 from smartproxy.proxy.inference import PATH_SAFE, UPSTREAM_PREFIX, Incoming
 from smartproxy.proxy.own_answers import OwnAnswer
-from smartproxy.proxy.relay.relay import Broker, Job, hand_over
+from smartproxy.proxy.relay.relay import Broker, Job, RelayResponse
 from smartproxy.proxy.wire.heads import header_bytes
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -42,7 +42,7 @@ def blueprint(
             return as_response(own_answers.preflight(origin()))
         job = decide(incoming())
         g.handed_over = True
-        return hand_over(request.environ, job, broker)
+        return RelayResponse(job, broker)
 
     return routes
 

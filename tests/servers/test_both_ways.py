@@ -242,7 +242,7 @@ def ask(proxy: Proxy, case: Case, extra: str) -> Answer:
 def said(answer: Answer) -> tuple[int, list[tuple[str, str]], Any]:
     """Return all of an answer but what differs each time it is asked for."""
     headers = [(name.lower(), value) for name, value in answer.headers]
-    changing = {"date", "server"}
+    changing = {"date"}
     if answer.header("x-smartproxy-error") or answer.status >= 400:
         return answer.status, sorted(h for h in headers if h[0] not in changing), answer.body
     changing.add("content-length")

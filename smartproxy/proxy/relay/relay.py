@@ -1,7 +1,7 @@
 """Relaying: waiting for a model, sending the request, passing the answer on; any number at once.
 
 All of it happens in one asyncio loop per process, so an open stream or a waiting request holds no
-thread. `hand_over` is the way in from a request handler. docs/datapath.md has the picture
+thread. `RelayResponse` is the way in from a view of Flask's. docs/datapath.md has the picture
 and the reasons.
 """
 
@@ -11,11 +11,11 @@ import asyncio
 import logging
 import os
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flask import Response
-from werkzeug.datastructures import Headers
 
 from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
 from smartproxy.proxy.own_answers import event_stream_head
@@ -27,21 +27,17 @@ from smartproxy.proxy.relay.wsgi_client import WsgiClient
 from smartproxy.proxy.wire.poller import PollingLoop
 
 __all__ = [
-    "TICKET_KEY",
     "Broker",
     "Grant",
+    "HandedOver",
     "Job",
     "RelayLoop",
+    "RelayResponse",
     "Request",
-    "Ticket",
-    "hand_over",
     "relay_loop",
 ]
 
 logger = logging.getLogger(__name__)
-
-#: where RelayWorker leaves its Ticket in a request's environ
-TICKET_KEY = "smartproxy.ticket"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,32 +65,50 @@ class Broker(Protocol):
         """Give the hold back; never blocks."""
 
 
-class Ticket(Protocol):
-    """A worker's offer to let the relay answer a request on the client's own socket."""
+class HandedOver:
+    """The answer of a WSGI application to a request that is the relay's.
 
-    def take(self, job: Job, broker: Broker, way: Way) -> None:
-        """Remember the job; the worker starts it when the application has returned."""
-
-
-def hand_over(environ: dict[str, Any], job: Job, broker: Broker) -> Response:
-    """Let the relay answer this request; return what the application must return.
-
-    Under RelayWorker that is at once, and what it returns is not looked at. Elsewhere this blocks
-    until the answer's head is there, and the Response streams its body.
+    A RelayWorker takes `job`, `broker` and `way` out of it. Any other server iterates it, which
+    blocks until the answer's head is there and then yields its body.
     """
-    way = nginx.way_of(environ)
-    ticket: Ticket | None = environ.get(TICKET_KEY)
-    if ticket is not None:
-        ticket.take(job, broker, way)
-        return Response()
-    loop = relay_loop()
-    client = WsgiClient(loop.loop)
-    way = Way(failed_server_id=way.failed_server_id)  # an iterable can't redirect
-    loop.start(Request(job=job, broker=broker, client=client, way=way))
-    status, headers = client.head.result()
-    response = Response(client, status=status, direct_passthrough=True)
-    response.headers = Headers(headers)  # exactly the server's: no content type of Flask's
-    return response
+
+    def __init__(
+        self,
+        job: Job,
+        broker: Broker,
+        environ: dict[str, Any],
+        start_response: Callable[..., Any],
+    ) -> None:
+        self.job = job
+        self.broker = broker
+        self.way = nginx.way_of(environ)
+        self._start_response = start_response
+        self._client: WsgiClient | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        loop = relay_loop()
+        self._client = client = WsgiClient(loop.loop)
+        way = Way(failed_server_id=self.way.failed_server_id)  # an iterable can't redirect
+        loop.start(Request(job=self.job, broker=self.broker, client=client, way=way))
+        self._start_response(*client.head.result())
+        return client
+
+    def close(self) -> None:
+        """Called by the WSGI server when it is done, or its client is gone."""
+        if self._client:
+            self._client.close()
+
+
+class RelayResponse(Response):
+    """What a view of Flask's returns to let the relay answer."""
+
+    def __init__(self, job: Job, broker: Broker) -> None:
+        super().__init__()
+        self._job = job
+        self._broker = broker
+
+    def __call__(self, environ: Any, start_response: Any) -> HandedOver:
+        return HandedOver(self._job, self._broker, environ, start_response)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from smartproxy.errors import HeadTooLarge, SmartProxyError
@@ -27,6 +28,12 @@ ORIGIN = re.compile(rb"\r\norigin:([\t\x20-\x7e]*)\r\n", re.IGNORECASE)
 UNCOLLECTED = re.compile(rb"\r\n(?:transfer-encoding|expect)[ \t]*:", re.IGNORECASE)
 
 
+def origin_in(head: bytes | bytearray) -> bytes:
+    """Return what a head that nobody could parse says of the page that asks, or nothing."""
+    found = ORIGIN.search(head)
+    return found[1].strip(b" \t") if found else b""
+
+
 class Collected:
     """How many bytes all receptions of a worker hold together."""
 
@@ -34,6 +41,17 @@ class Collected:
 
     def __init__(self) -> None:
         self.size_bytes = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """A client's connection."""
+
+    sock: socket.socket
+    #: the other side's address, as `accept` gives it
+    peer: Any
+    #: the listener's address
+    server: Any
 
 
 class Reception:
@@ -58,12 +76,12 @@ class Reception:
     def __init__(
         self,
         loop: PollingLoop,
-        conn: Any,
+        conn: Connection,
         collected: Collected,
         on_request: Callable[[Reception], None],
         on_gone: Callable[[Reception], None],
     ) -> None:
-        """conn: gunicorn's TConn. on_request: `head` and `body` are there to be taken."""
+        """on_request: `head` and `body` are there to be taken."""
         self.conn = conn
         self.channel = Channel(loop, conn.sock, self._on_data, self._on_end)
         #: up to and with its blank line, or all there is where `body` is None
@@ -134,8 +152,7 @@ class Reception:
         return True
 
     def _refuse(self, error: SmartProxyError) -> None:
-        origin = ORIGIN.search(self._buffer)
-        answer = error_answer(error, origin[1].strip(b" \t") if origin else b"")
+        answer = error_answer(error, origin_in(self._buffer))
         head = client_head(answer.head, Framing.LENGTH, keep_alive=False)
         self.channel.write(head + answer.body)
 
@@ -152,30 +169,3 @@ class Reception:
 
     def _on_end(self, _error: OSError | None) -> None:
         self._on_gone(self)
-
-
-class Outbox:
-    """Stands in for a client's socket while a request is handled in the loop: keeps what is sent.
-
-    So gunicorn's own code answers (errors, refusals), and nothing can block the loop.
-    """
-
-    def __init__(self, family: socket.AddressFamily) -> None:
-        self.family = family
-        self.data = b""
-
-    def sendall(self, data: bytes) -> None:
-        self.data += data
-
-    def send(self, data: bytes) -> int:
-        self.data += data
-        return len(data)
-
-    def setblocking(self, _on: bool) -> None:
-        """Nothing to block."""
-
-    def shutdown(self, _how: int) -> None:
-        raise OSError("not a socket")
-
-    def close(self) -> None:
-        """The loop closes the true socket."""

@@ -1,34 +1,31 @@
 """gunicorn's worker for relaying: one event loop has all sockets, threads only run the application.
 
 The loop (asyncio, main thread) accepts, collects requests, relays and keeps connections alive. A
-collected request of the plainest form is decided on right here (`plain`); any other is parsed and
-handled by gunicorn's own code (`handling`) in a thread, or, where the path is known to hand its
-requests over at once, in the loop. gunicorn's poller and queues stay unused. No TLS and no HTTP/2:
-that is nginx's part.
+collected request of the plainest form is decided on right here (`plain`); any other is parsed by
+gunicorn and handled by the application (`application`) in a thread, or, where the path is known to
+hand its requests over at once, in the loop. It stands on `gunicorn.workers.base.Worker` and nothing
+of the other workers. No TLS and no HTTP/2: that is nginx's part.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from concurrent.futures import Future
-from datetime import datetime
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from gunicorn.errors import ConfigError
-from gunicorn.http import get_parser
-from gunicorn.workers.gthread import TConn
 
 from smartproxy.errors import SmartProxyError
 from smartproxy.proxy.own_answers import error_answer, origin_of
 from smartproxy.proxy.relay import nginx, relay
-from smartproxy.proxy.relay.relay import Request
+from smartproxy.proxy.relay.relay import HandedOver, Request
 from smartproxy.proxy.relay.socket_client import SocketClient
-from smartproxy.proxy.wire.channel import HIGH_WATER_BYTES, close_gently
-from smartproxy.proxy.worker.application import HandlingWorker, RelayTicket
+from smartproxy.proxy.worker.application import STALL_S, ApplicationWorker, Outcome
 from smartproxy.proxy.worker.balance import Neighbours
-from smartproxy.proxy.worker.inbox import Collected, Outbox, Reception
+from smartproxy.proxy.worker.inbox import Collected, Connection, Reception
 from smartproxy.proxy.worker.plain import MAX_BODY_BYTES as MAX_PLAIN_BODY_BYTES
 from smartproxy.proxy.worker.plain import Application, incoming_of, plain_request
 
@@ -44,19 +41,29 @@ NEIGHBOURS_TURN_S = 0.001
 MAX_INLINE_BYTES = 131072
 #: answered in the loop too: in about a millisecond, and also when every thread waits for a load
 QUICK_PATHS = frozenset({"/health"})
+#: so many paths that hand over are remembered
+MAX_INLINE_PATHS = 64
 
 
-class RelayWorker(HandlingWorker):
-    """ThreadWorker whose open streams, waiting requests and slow clients hold no thread."""
-
-    _accepting: bool
+class RelayWorker(ApplicationWorker):
+    """A worker whose open streams, waiting requests and slow clients hold no thread."""
 
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
-        if cfg.is_ssl or cfg.http2_cleartext != "off":
-            raise ConfigError("RelayWorker speaks plain HTTP/1.1; let nginx do TLS and HTTP/2")
+        """Called by gunicorn before the start, where a worker has it."""
+        cleartext = getattr(cfg, "http2_cleartext", "off")
+        if cfg.is_ssl or cleartext != "off" or cfg.proxy_protocol not in (False, "off"):
+            raise ConfigError(
+                "RelayWorker speaks plain HTTP/1.1; let nginx do TLS, HTTP/2 and the PROXY protocol"
+            )
 
     def init_process(self) -> None:
+        self.check_config(self.cfg, self.log)
+        self.nr_conns = 0
+        self._accepting = False
+        self._threads = ThreadPoolExecutor(self.cfg.threads, thread_name_prefix="application")
+        #: paths whose last request was handed over
+        self._inline_paths: set[str] = set()
         self._collected = Collected()
         #: waiting for a request, the one that waits longest first
         self._waiting: dict[Reception, None] = {}
@@ -67,21 +74,21 @@ class RelayWorker(HandlingWorker):
         self._loop = self._relay.loop
         super().init_process()
 
-    # --- the worker's life ------------------------------------------------------------------
-
     def run(self) -> None:
         """Serve until told to stop and done with what was begun."""
         for listener in self.sockets:
             listener.setblocking(False)
         self._tick()
         self._loop.run_forever()
-        self.tpool.shutdown(wait=False)
-        self.poller.close()
-        self.method_queue.close()
+        self._threads.shutdown(wait=False)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.alive = False
         self._loop.call_soon_threadsafe(self._tick)
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        self._threads.shutdown(wait=False)
+        super().handle_quit(sig, frame)
 
     def _tick(self) -> None:
         """Every second (and when stopping, more often): heartbeat, accepting, expiry, stopping."""
@@ -89,11 +96,12 @@ class RelayWorker(HandlingWorker):
             self._ticker.cancel()
         self.notify()  # from the loop: one that hangs gets the worker replaced
         now = time.monotonic()
-        if self.alive and not self.is_parent_alive():
+        if self.alive and self.ppid != os.getppid():
+            self.log.info("The master is gone; shutting down: %s", self)
             self.alive = False
         if self.alive:
             self._neighbours.tell(self.nr_conns)
-            self.set_accept_enabled(self.nr_conns < self.worker_connections)
+            self._accept_new(self.nr_conns < self.cfg.worker_connections)
         elif self._is_done(now):
             self._loop.stop()
             return
@@ -104,7 +112,7 @@ class RelayWorker(HandlingWorker):
         """Drive the stop: no new connections, time for the open ones, then their final events."""
         if self._stopping_at is None:
             self._stopping_at = now
-            self.set_accept_enabled(False)
+            self._accept_new(False)
             self._neighbours.leave()
             for listener in self.sockets:  # else the kernel still takes what nobody will serve
                 listener.close()
@@ -124,7 +132,7 @@ class RelayWorker(HandlingWorker):
         for reception in expired:
             self._gone(reception)
 
-    def set_accept_enabled(self, enabled: bool) -> None:
+    def _accept_new(self, enabled: bool) -> None:
         if enabled is self._accepting:
             return
         self._accepting = enabled
@@ -134,41 +142,37 @@ class RelayWorker(HandlingWorker):
             else:
                 self._loop.remove_reader(listener.fileno())
 
-    # --- a connection -----------------------------------------------------------------------
-
     def _offer(self, listener: Any) -> None:
         """Take a new connection, or leave it for a moment to a worker that has fewer."""
         if not self._neighbours.have_less(self.nr_conns):
-            self.accept(listener)
+            self._accept(listener)
             return
         self._loop.remove_reader(listener.fileno())
         self._loop.call_later(NEIGHBOURS_TURN_S, self._take_over, listener)
 
     def _take_over(self, listener: Any) -> None:
         if self._accepting:
-            self.accept(listener)
+            self._accept(listener)
         if self._accepting:
             self._loop.add_reader(listener.fileno(), self._offer, listener)
 
-    def accept(self, listener: Any) -> None:
+    def _accept(self, listener: Any) -> None:
         try:
-            sock, client = listener.accept()
+            sock, peer = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         self._count(1)
-        conn = TConn(self.cfg, sock, client, listener.getsockname())
-        conn.initialized = conn.data_ready = True
-        conn.parser = get_parser(self.cfg, sock, client)
+        sock.setblocking(False)
+        conn = Connection(sock=sock, peer=peer, server=listener.getsockname())
         self._wait(Reception(self._loop, conn, self._collected, self._received, self._gone), b"")
-        if self.nr_conns >= self.worker_connections:
-            self.set_accept_enabled(False)
+        if self.nr_conns >= self.cfg.worker_connections:
+            self._accept_new(False)
 
     def _wait(self, reception: Reception, read_ahead: bytes) -> None:
         """Wait for a connection's next request."""
         keepalive_s = self.cfg.keepalive if self._stopping_at is None else IDLE_FAREWELL_S
         reception.deadline = time.monotonic() + keepalive_s
         self._waiting[reception] = None
-        reception.conn.parser.mesg = None  # done with: gunicorn would look for the rest of its body
         reception.wait(read_ahead)
 
     def _gone(self, reception: Reception) -> None:
@@ -185,25 +189,26 @@ class RelayWorker(HandlingWorker):
         """One connection less."""
         self._count(-1)
         if self.alive and not self._accepting:
-            self.set_accept_enabled(True)
+            self._accept_new(True)
 
     def _received(self, reception: Reception) -> None:
         """A request is there (or a head whose body must be read from the socket)."""
         self._waiting.pop(reception, None)
         body, head = reception.body, reception.head
+        path = _path(head)
         if body is not None:
             if self._plain and self._try_plain(self._plain, reception, body):
                 return
-            if len(head) + len(body) <= MAX_INLINE_BYTES:
-                target = head.split(b" ", 2)[1:2]
-                path = target[0].partition(b"?")[0].decode("latin-1") if target else ""
-                if path in self._inline_paths or path in QUICK_PATHS:
-                    self._handle_here(reception)
-                    return
+            quick = path in self._inline_paths or path in QUICK_PATHS
+            if quick and len(head) + len(body) <= MAX_INLINE_BYTES:
+                self._handled(reception, path, self.handle(reception))
+                return
         reception.channel.read(False)
-        future = self.tpool.submit(self._handle_in_thread, reception)
+        future = self._threads.submit(self._handle_in_thread, reception)
         future.add_done_callback(
-            lambda done: self._loop.call_soon_threadsafe(self._handled_in_thread, reception, done)
+            lambda done: self._loop.call_soon_threadsafe(
+                self._handled_in_thread, reception, path, done
+            )
         )
 
     def _try_plain(self, application: Application, reception: Reception, body: bytes) -> bool:
@@ -215,6 +220,7 @@ class RelayWorker(HandlingWorker):
         if plain is None or incoming is None:
             return False
         reception.body = None
+        self.count_request()
         client = SocketClient(
             self._loop,
             reception.channel,
@@ -235,72 +241,75 @@ class RelayWorker(HandlingWorker):
         self._relay.start_here(Request(job=job, broker=application.broker, client=client, way=way))
         return True
 
-    def _handle_here(self, reception: Reception) -> None:
-        conn = reception.conn
-        conn.parser.unreader.unread(reception.head)
-        sock, conn.sock = conn.sock, Outbox(conn.sock.family)
+    def _handle_in_thread(self, reception: Reception) -> Outcome:
+        sock = reception.conn.sock
+        if reception.body is not None:
+            return self.handle(reception)
+        sock.settimeout(STALL_S)
         try:
-            outcome = self.handle_collected(reception)
+            return self.handle(reception)
         finally:
-            outbox, conn.sock = conn.sock, sock
-        if outbox.data:
-            reception.channel.write(outbox.data)
-        self._handled(reception, outcome)
+            sock.setblocking(False)
 
-    def _handle_in_thread(self, reception: Reception) -> Any:
-        reception.conn.parser.unreader.unread(reception.head)
-        outcome = self.handle_collected(reception)
-        reception.conn.sock.setblocking(False)
-        return outcome
+    def _handled_in_thread(self, reception: Reception, path: str, done: Future[Outcome]) -> None:
+        if error := done.exception():
+            self.log.error("Error handling a connection", exc_info=error)
+        self._handled(reception, path, Outcome() if error else done.result())
 
-    def _handled_in_thread(self, reception: Reception, done: Future[Any]) -> None:
-        self._handled(reception, None if done.exception() else done.result())
-
-    def _handled(self, reception: Reception, outcome: Any) -> None:
-        """Go on after gunicorn's `handle`: relay, wait for the next request, or close."""
-        channel = reception.channel
-        if isinstance(outcome, RelayTicket):
-            self._start_relay(reception, outcome)
-        elif channel.buffered_bytes > HIGH_WATER_BYTES:  # it asks and asks and does not read
+    def _handled(self, reception: Reception, path: str, outcome: Outcome) -> None:
+        """Go on after the application: relay, send its answer, or close."""
+        if outcome.handed_over:
+            if len(self._inline_paths) < MAX_INLINE_PATHS:
+                self._inline_paths.add(path)
+            self._start_relay(reception, outcome, outcome.handed_over)
+            return
+        self._inline_paths.discard(path)
+        if not outcome.data:
             self._gone(reception)
-        elif outcome:
-            self._wait(reception, reception.conn.parser.unreader.take_buffered())
-        elif channel.buffered_bytes:
-            self._gone(reception)
-        else:
-            close_gently(self._loop, channel.detach())
-            self._forget()
-
-    # --- relaying ---------------------------------------------------------------------------
-
-    def _start_relay(self, reception: Reception, ticket: RelayTicket) -> None:
-        assert ticket.job
+            return
         client = SocketClient(
             self._loop,
             reception.channel,
-            http11=ticket.req.version >= (1, 1),
-            head_only=ticket.req.method == "HEAD",
-            keep_alive=ticket.keep_alive,
-            on_done=partial(self._relayed_ticket, reception, ticket),
+            keep_alive=outcome.keep_alive,
+            on_done=partial(self._relayed, reception, left_over=outcome.left_over),
+        )
+        client.write(outcome.data)
+        client.finish()
+
+    def _start_relay(self, reception: Reception, outcome: Outcome, handed_over: HandedOver) -> None:
+        client = SocketClient(
+            self._loop,
+            reception.channel,
+            http11=outcome.req.version >= (1, 1),
+            head_only=outcome.req.method == "HEAD",
+            keep_alive=outcome.keep_alive,
+            on_done=partial(self._relayed_outcome, reception, outcome),
         )
         self._relay.start_here(
-            Request(job=ticket.job, broker=ticket.broker, client=client, way=ticket.way)
+            Request(
+                job=handed_over.job,
+                broker=handed_over.broker,
+                client=client,
+                way=handed_over.way,
+            )
         )
 
-    def _relayed_ticket(
-        self, reception: Reception, ticket: RelayTicket, client: SocketClient
+    def _relayed_outcome(
+        self, reception: Reception, outcome: Outcome, client: SocketClient
     ) -> None:
-        if self.log.access_log_enabled:
-            response = ticket.response
-            response.status = str(client.sent_status or 499)  # nginx's number for one that left
-            response.sent = client.sent_body_bytes
-            took = datetime.now() - ticket.started_at  # noqa: DTZ005
-            self.log.access(response, ticket.req, ticket.environ, took)
-        self._relayed(reception, client)
+        outcome.reply.status = str(client.sent_status or 499)  # nginx's number for one that left
+        outcome.reply.sent = client.sent_body_bytes
+        self.log_access(outcome)
+        self._relayed(reception, client, outcome.left_over)
 
-    def _relayed(self, reception: Reception, client: SocketClient) -> None:
+    def _relayed(self, reception: Reception, client: SocketClient, left_over: bytes = b"") -> None:
         if client.keep_alive:
-            unread = reception.conn.parser.unreader.take_buffered()
-            self._wait(reception, unread + client.read_ahead)
+            self._wait(reception, left_over + client.read_ahead)
         else:
             self._forget()
+
+
+def _path(head: bytes) -> str:
+    """Return a request's path as it stands in its head."""
+    target = head.split(b" ", 2)[1:2]
+    return target[0].partition(b"?")[0].decode("latin-1") if target else ""
