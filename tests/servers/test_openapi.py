@@ -26,8 +26,8 @@ from smartproxy import errors
 from smartproxy.config.load import load_settings
 from smartproxy.entities import GPU, GPUAssignment, GPUPoolStatus, GPUProcess, Server
 from smartproxy.proxy.app import create_app
+from smartproxy.proxy.inference import INFERENCE_PATHS
 from smartproxy.proxy.pages.monitoring import openapi_json
-from smartproxy.proxy.routes import INFERENCE_PATHS
 from tests.support.fakes import world as nvml
 from tests.support.fakes.nvml import build, environment
 from tests.support.fakes.world import FakeProcess, WorldFile
