@@ -40,11 +40,13 @@ lint: $(VENV)/.tests
 	$(BIN)/ruff format --check smartproxy tests bench wsgi.py
 	$(BIN)/mypy
 
+# what starts no process and takes no long time: of generated examples a tenth
 test-fast: setup $(VENV)/.tests lint
-	$(BIN)/python -m pytest -m "not servers"
+	$(BIN)/python -m pytest tests/unit -n 2 --dist worksteal --hypothesis-profile=fast
 
+# a test with servers waits most of its time: more of them at a time than there are cores
 test: setup $(VENV)/.tests lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 4 --dist worksteal
 
 # the worker with the oldest and the newest gunicorn that requirements.txt allows
 test-gunicorns: setup $(VENV)/.tests

@@ -29,7 +29,8 @@ from tabulate import tabulate
 from bench.datapath import answering_for_the_real_one
 from bench.processes import build
 from bench.stacks import MODEL, environment
-from tests.support.running import REAL_MODEL, Proxy, free_port, running
+from tests.support.ports import free_port
+from tests.support.running import REAL_MODEL, Proxy, running
 
 CLIENTS = 10
 DEADLINE_S = 60.0

@@ -28,7 +28,8 @@ from tabulate import tabulate
 from bench.latency import wait_for_health
 from smartproxy.llama import binary
 from smartproxy.llama.binary import child_environment
-from tests.support.running import REAL_MODEL, free_port, running
+from tests.support.ports import free_port
+from tests.support.running import REAL_MODEL, running
 
 MODEL = "smollm2-135m"
 WARM_UP_ROUNDS = 1

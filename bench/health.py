@@ -28,7 +28,8 @@ from bench.polls import Poll, percentile_ms, poll
 from tests.support.fakes import world as nvml
 from tests.support.fakes.nvml import build, environment
 from tests.support.fakes.world import Fault, WorldFile
-from tests.support.running import Proxy, fake_model, free_port, running, wait_until
+from tests.support.ports import free_pool, free_port
+from tests.support.running import Proxy, fake_model, running, wait_until
 
 STREAMS = 16
 #: seconds between two tokens of a stream: together they are STREAMS / TOKEN_S events a second
@@ -52,7 +53,7 @@ def main() -> None:
         folder = Path(name)
         world = WorldFile(folder / "world", nvml.unequal_pair())
         env = environment(build(folder), world)
-        pool = {"size": 2, "port_start": free_port()}
+        pool = {"size": 2, "port_start": free_pool(2)}
         with running(folder, MODELS, env=env, server_pool=pool, min_residency=0) as proxy:
             proxy.chat("a").raise_for_status()
             scenes = play(proxy, world, options.seconds)

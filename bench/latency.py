@@ -21,7 +21,8 @@ import requests
 from tabulate import tabulate
 
 from smartproxy.llama.binary import child_environment
-from tests.support.running import REAL_MODEL, Proxy, free_port, running
+from tests.support.ports import free_port
+from tests.support.running import REAL_MODEL, Proxy, running
 
 MODEL = "smollm2-135m"
 WARM_UP_ROUNDS = 3

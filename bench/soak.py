@@ -29,7 +29,8 @@ from bench.polls import Poll, percentile_ms, poll
 from tests.support.fakes import world as nvml
 from tests.support.fakes.nvml import build, environment
 from tests.support.fakes.world import GIB, WorldFile
-from tests.support.running import Proxy, fake_model, free_port, running
+from tests.support.ports import free_pool
+from tests.support.running import Proxy, fake_model, running
 
 POLL_EVERY_S = 0.1
 TIMEOUT_S = 1.0
@@ -76,7 +77,7 @@ def main() -> None:
         folder = Path(name)
         world = WorldFile(folder / "world", nvml.unequal_pair())
         env = environment(build(folder), world)
-        pool = {"size": 3, "port_start": free_port()}
+        pool = {"size": 3, "port_start": free_pool(3)}
         with running(folder, MODELS, env=env, server_pool=pool, min_residency=1) as proxy:
             result = soak(proxy, world, options.minutes * 60)
     options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -19,7 +19,8 @@ import requests
 from bench.processes import Stack
 from smartproxy.llama.binary import child_environment, find
 from tests.support.nginxes import NGINX, nginx
-from tests.support.running import REAL_MODEL, Proxy, free_port, running
+from tests.support.ports import free_port
+from tests.support.running import REAL_MODEL, Proxy, running
 from tests.support.wire import Wire
 
 MODEL = "fake"

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from hypothesis import settings
 
 from tests.support import system_packages
+
+TESTS = Path(__file__).parent
+#: the folder of a test says what it needs; tests of the other folders need nothing
+MARKS_OF_FOLDERS = {
+    "slow": ("slow",),
+    "servers": ("servers",),
+    "real": ("servers", "real"),
+    "gpu": ("servers", "real", "gpu"),
+}
+
+# by --hypothesis-profile; see tests/support/examples.py
+settings.register_profile("fast", max_examples=10)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test by its folder."""
+    folder = item.path.relative_to(TESTS).parts[0]
+    for mark in MARKS_OF_FOLDERS.get(folder, ()):
+        item.add_marker(mark)
 
 
 @pytest.hookimpl

@@ -21,8 +21,6 @@ from smartproxy.gpus.nvml import MIG_INDEX_BASE, GpuObserver
 from smartproxy.types import MIB, Gpu, GpuSnapshot
 from tests.support.running import fake_model, running, wait_until
 
-pytestmark = pytest.mark.gpu
-
 
 @pytest.fixture(scope="module")
 def observer() -> Iterator[GpuObserver]:
@@ -125,7 +123,6 @@ def test_closing_and_opening_again_sees_the_same_gpus(observer: GpuObserver) -> 
     assert [gpu.uuid for gpu in observer.observe().gpus] == before
 
 
-@pytest.mark.servers
 def test_the_proxy_shows_them(snapshot: GpuSnapshot, tmp_path: Path) -> None:
     with running(tmp_path, {"m": fake_model()}) as proxy:
         wait_until(lambda: proxy.health()["observed_at"], what="the first look")

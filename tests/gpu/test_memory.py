@@ -23,8 +23,6 @@ from tests.support.gguf_shapes import Body
 from tests.support.measured_cases import REAL_MODEL
 from tests.support.running import Proxy, running, wait_until
 
-pytestmark = [pytest.mark.gpu, pytest.mark.servers, pytest.mark.real]
-
 #: the real model's tokenizer, which all files get
 VOCABULARY = 49152
 LONG_PROMPT = "word " * 2500

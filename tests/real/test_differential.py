@@ -14,8 +14,6 @@ from tests.support.differential_cases import CASES, JSON_TYPE, MODEL, ORIGIN, Ca
 from tests.support.running import REAL_MODEL, running
 from tests.support.wire import Answer, Wire
 
-pytestmark = [pytest.mark.servers, pytest.mark.real]
-
 #: of the connection and not of the answer; of an answer's age; for an nginx in front
 OWN_HEADERS = frozenset({"connection", "keep-alive", "date", "x-accel-buffering"})
 #: of a body's framing: the numbers in an answer have as many digits as they have

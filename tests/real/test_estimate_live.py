@@ -23,8 +23,7 @@ from smartproxy.model_file.metadata import projector_header, read_metadata
 from smartproxy.types import MIB
 from tests.support import gguf_files, gguf_projectors, gguf_shapes, system_packages
 from tests.support.measured_cases import REAL_MODEL, to_mib
-
-pytestmark = [pytest.mark.servers, pytest.mark.real]
+from tests.support.ports import free_port
 
 LOAD_DEADLINE_S = 120
 ROUNDING_MIB = 0.03
@@ -40,12 +39,6 @@ def binary(name: str) -> str:
     if found is None:
         pytest.skip(f"{name} is not installed on this machine")
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment() -> dict[str, str]:

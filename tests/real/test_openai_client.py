@@ -10,8 +10,6 @@ import pytest
 
 from tests.support.running import REAL_MODEL, Proxy, running
 
-pytestmark = [pytest.mark.servers, pytest.mark.real]
-
 MODEL = "smollm2-135m"
 KEY = "sk-of-this-test"
 ASKED: Any = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}]}

@@ -17,11 +17,10 @@ from smartproxy.memory.estimate import estimate
 from smartproxy.memory.types import DeviceBytes, EstimateOptions, FlashAttention, Layout
 from smartproxy.model_file.metadata import read_metadata
 from smartproxy.types import MIB
-from tests.real.test_estimate_live import assert_exact, binary, free_port, process, wait_until_open
+from tests.real.test_estimate_live import assert_exact, binary, process, wait_until_open
 from tests.support.gpu_running import Card, gpu_machine, plan, started, world_of
+from tests.support.ports import free_port
 from tests.support.running import REAL_MODEL
-
-pytestmark = [pytest.mark.servers, pytest.mark.real]
 
 CONTEXT = 8192
 

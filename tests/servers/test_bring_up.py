@@ -12,8 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config.load import load_settings
 from smartproxy.lifetime import owned_processes
@@ -29,8 +27,6 @@ from smartproxy.state import migrate
 from smartproxy.state import servers as server_rows
 from smartproxy.types import GpuSnapshot, ServerState
 from tests.support.running import Proxy, fake_model, free_port, wait_until
-
-pytestmark = pytest.mark.servers
 
 
 def manager_of(folder: Path, threads: ThreadPoolExecutor, **settings_: Any) -> Manager:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import requests
 
 from tests.support import gguf_files, gguf_shapes
@@ -23,8 +22,6 @@ from tests.support.gpu_running import (
     uuid,
     world_of,
 )
-
-pytestmark = pytest.mark.servers
 
 
 def test_a_model_goes_where_the_plan_said_on_one_of_two_unequal_cards(tmp_path: Path) -> None:

@@ -16,25 +16,13 @@ import pytest
 import requests
 
 from tests.support.fakes import world as nvml
-from tests.support.fakes.nvml import NAME, build, environment
+from tests.support.fakes.nvml import NAME, environment
 from tests.support.fakes.world import GIB, FakeGpu, FakeMig, FakeProcess, Fault, World, WorldFile
 from tests.support.running import Proxy, fake_model, running, wait_until
-
-pytestmark = pytest.mark.servers
 
 BIG, SMALL = "GPU-11111111-aaaa", "GPU-22222222-bbbb"
 MODEL = fake_model(gpu_bytes=GIB // 2)
 Start = Callable[..., AbstractContextManager[Proxy]]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("nvml"))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> WorldFile:
-    return WorldFile(tmp_path / "world", nvml.unequal_pair())
 
 
 @pytest.fixture

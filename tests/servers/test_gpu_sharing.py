@@ -17,9 +17,8 @@ import requests
 
 from tests.support.fakes.world import WorldFile
 from tests.support.gpu_running import MIB, Card, gpu_machine, model, plan, world_of
-from tests.support.running import Proxy, free_port, wait_until
-
-pytestmark = pytest.mark.servers
+from tests.support.ports import free_pool
+from tests.support.running import Proxy, wait_until
 
 
 def test_two_loads_at_once_share_the_last_room_in_turn(tmp_path: Path) -> None:
@@ -171,7 +170,7 @@ def test_ten_models_on_four_cards_under_a_mixed_load_never_oversubscribe(tmp_pat
         for name, gib in sizes.items()
     }
     cards = (Card(gib=8), Card(gib=8, used_gib=1), Card(gib=16), Card(gib=24))
-    pool = {"size": 8, "port_start": free_port()}
+    pool = {"size": 8, "port_start": free_pool(8)}
     chooser = random.Random(5)
     wanted = [chooser.choice("aaabbbcccddeeffgghhij") for _ in range(80)]
     with (

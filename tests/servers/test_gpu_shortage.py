@@ -6,12 +6,8 @@ import re
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.support.gpu_running import GIB, Card, gpu_machine, model, started, uuid, world_of
 from tests.support.running import Proxy, wait_until
-
-pytestmark = pytest.mark.servers
 
 
 def test_the_next_load_waits_until_the_memory_is_really_back(tmp_path: Path) -> None:

@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import socket
-import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 import requests
 
-from smartproxy.errors import ConfigError
 from smartproxy.proxy.relay.nginx import HOLD_S
-from smartproxy.serving.listen import close, listen
 from tests.support.nginxes import nginx
 from tests.support.running import Proxy, fake_model, running, wait_until
 from tests.support.wire import Wire
-
-
-def test_the_socket_is_for_its_owner_and_group_alone(tmp_path: Path) -> None:
-    path = tmp_path / "control.sock"
-    listener, name = listen(f"unix:{path}", 1)
-    assert name == f"unix:{path}"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o660
-    close(listener)
-    assert not path.exists()
-
-
-def test_what_a_killed_proxy_left_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "control.sock"
-    with socket.socket(socket.AF_UNIX) as left:
-        left.bind(str(path))
-    listener, _ = listen(f"unix:{path}", 1)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-    close(listener)
-
-
-def test_a_socket_in_use_and_other_files_stay(tmp_path: Path) -> None:
-    path = tmp_path / "control.sock"
-    listener, _ = listen(f"unix:{path}", 1)
-    with pytest.raises(ConfigError, match="another process does"):
-        listen(f"unix:{path}", 1)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-    close(listener)
-    path.write_text("mine")
-    with pytest.raises(ConfigError, match="no socket"):
-        listen(f"unix:{path}", 1)
-    assert path.read_text() == "mine"
-
-
-@pytest.mark.parametrize("path", ["control.sock", "/no/such/folder/control.sock", "/" + "x" * 200])
-def test_a_path_that_can_not_be_is_one_clear_line(path: str) -> None:
-    with pytest.raises(ConfigError, match="can't listen on unix:"):
-        listen(f"unix:{path}", 1)
 
 
 class BehindNginx(Proxy):
@@ -71,7 +27,6 @@ class BehindNginx(Proxy):
             return dict(wire.read_answer().json())
 
 
-@pytest.mark.servers
 def test_serve_behind_nginx_outlives_its_gunicorn(tmp_path: Path) -> None:
     host = f"unix:{tmp_path}/control.sock"
     models = {"a": fake_model()}
@@ -94,7 +49,6 @@ def test_serve_behind_nginx_outlives_its_gunicorn(tmp_path: Path) -> None:
     assert not (tmp_path / "control.sock").exists()
 
 
-@pytest.mark.servers
 def test_a_drained_server_finishes_what_nginx_carries(tmp_path: Path) -> None:
     host = f"unix:{tmp_path}/control.sock"
     # longer than the hold at the hand-over: after that only the server knows of it

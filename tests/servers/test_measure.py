@@ -1,4 +1,4 @@
-"""Estimated against measured, end to end: over stand-ins, and the real server on the CPU."""
+"""Estimated against measured, end to end: over stand-ins."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import pytest
 import requests
 
 from tests.support.gpu_running import GIB, MIB, Card, gpu_machine, model, uuid, world_of
-from tests.support.running import REAL_MODEL, Proxy, running, wait_until
-
-pytestmark = pytest.mark.servers
+from tests.support.running import Proxy, wait_until
 
 #: what the log rounds away, of three lines
 ROUNDING = 0.02 * MIB
@@ -214,43 +212,3 @@ def test_a_persons_estimate_is_taken_and_raised_only_by_a_server_that_took_more(
         assert first["estimated_bytes"] == second["estimated_bytes"] >= 6 * GIB
         assert 2 * GIB <= low["estimated_bytes"] < 3 * GIB
         assert raised["estimated_bytes"] >= 5 * GIB
-
-
-@pytest.mark.real
-def test_the_real_servers_buffers_are_kept_and_agree_with_the_estimate(tmp_path: Path) -> None:
-    models = {"smol": {"path": str(REAL_MODEL)}}
-    with running(tmp_path, models, real=True, ctx_size=2048, gpu_poll_interval=0.5) as proxy:
-        assert proxy.chat("smol").status_code == 200
-
-        def measured() -> dict[str, Any] | None:
-            rows = proxy.rows("SELECT * FROM measurements")
-            return (
-                rows[0] if rows and rows[0]["buffers_bytes"] and rows[0]["process_bytes"] else None
-            )
-
-        row = wait_until(measured, what="measured")
-        assert (row["device"], row["device_index"]) == ("host", -1)
-        assert row["buffers_bytes"] <= row["predicted_bytes"] <= 1.1 * row["buffers_bytes"]
-        (server,) = server_rows(proxy, "smol")
-        assert server["host_estimated_bytes"] == row["predicted_bytes"]
-        assert server["host_measured_bytes"] > 90 * MIB
-        assert not [line for line in proxy.log().splitlines() if "ERROR" in line]
-        unload(proxy, "smol")
-        assert proxy.chat("smol").status_code == 200
-        again = server_rows(proxy, "smol")[-1]
-        assert again["host_estimated_bytes"] == pytest.approx(
-            row["buffers_bytes"], abs=ROUNDING + 1
-        )
-
-
-@pytest.mark.real
-def test_a_draft_model_is_really_used_and_was_counted(tmp_path: Path) -> None:
-    models = {"smol": {"path": str(REAL_MODEL), "draft_model": str(REAL_MODEL)}}
-    with running(tmp_path, models, real=True, ctx_size=2048) as proxy:
-        answer = proxy.chat("smol", max_tokens=16, temperature=0).json()
-        assert answer["timings"]["draft_n"] > 0
-        (row,) = wait_until(
-            lambda: proxy.rows("SELECT * FROM measurements WHERE buffers_bytes IS NOT NULL"),
-            what="measured",
-        )
-        assert row["buffers_bytes"] <= row["predicted_bytes"] <= 1.2 * row["buffers_bytes"]

@@ -13,8 +13,6 @@ import requests
 from smartproxy.proxy.pages import tables
 from tests.support.running import Proxy, fake_model, running, wait_until
 
-pytestmark = pytest.mark.servers
-
 TEXT = {"Accept": "text/plain"}
 
 

@@ -13,18 +13,16 @@ import pytest
 
 from tests.support.gunicorns import Gunicorn, gunicorn
 from tests.support.nginxes import nginx
+from tests.support.ports import free_port
 from tests.support.upstreams import (
     Upstream,
     Visit,
     chunk,
     event_head,
-    free_port,
     plain_answer,
     wait_until,
 )
 from tests.support.wire import Wire
-
-pytestmark = pytest.mark.servers
 
 EVENTS = [b"data: %d\n\n" % number for number in range(20)]
 STREAM = event_head() + b"".join(map(chunk, EVENTS)) + b"0\r\n\r\n"

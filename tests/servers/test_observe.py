@@ -9,38 +9,18 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.fakes import world as nvml
-from tests.support.fakes.nvml import build, environment
+from tests.support.fakes.nvml import environment
 from tests.support.fakes.nvml.child import Child
 from tests.support.fakes.running import wait_for
 from tests.support.fakes.world import GIB, FakeGpu, FakeMig, FakeProcess, Fault, World, WorldFile
 
-pytestmark = pytest.mark.servers
-
 MIB = 1 << 20
 BIG, SMALL = "GPU-11111111-aaaa", "GPU-22222222-bbbb"
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("nvml"))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> WorldFile:
-    return WorldFile(tmp_path / "world", nvml.unequal_pair())
-
-
-@pytest.fixture
-def child(library: Path, world: WorldFile) -> Iterator[Child]:
-    started = Child(environment(library, world))
-    yield started
-    started.end()
 
 
 def test_two_unequal_cards_are_listed_with_all_that_is_known(

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import requests
 import schemathesis
-import yaml
 from hypothesis import HealthCheck, settings
-from pydantic import BaseModel
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -22,77 +17,18 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from smartproxy import errors
-from smartproxy.config.load import load_settings
-from smartproxy.entities import GPU, GPUAssignment, GPUPoolStatus, GPUProcess, Server
-from smartproxy.proxy.app import create_app
-from smartproxy.proxy.inference import INFERENCE_PATHS
-from smartproxy.proxy.pages.monitoring import openapi_json
 from tests.support.fakes import world as nvml
 from tests.support.fakes.nvml import build, environment
 from tests.support.fakes.world import FakeProcess, WorldFile
-from tests.support.paths import ROOT
+from tests.support.openapi import DOCUMENT, validate
 from tests.support.running import Proxy, fake_model, running, wait_until
 
-DOCUMENT: dict[str, Any] = yaml.safe_load(
-    (ROOT / "docs" / "openapi.yaml").read_text(encoding="utf-8")
-)
 CHECKS = [
     *(not_a_server_error, status_code_conformance),
     *(content_type_conformance, response_schema_conformance),
 ]
 #: every operation but relayed ones, whose answers are llama-server's
 OURS = schemathesis.openapi.from_dict(DOCUMENT).exclude(tag="relay")
-
-
-def validate(body: object, schema: str) -> None:
-    """Raise ValidationError unless the body is as a named schema says."""
-    whole = {"$ref": f"#/components/schemas/{schema}", "components": DOCUMENT["components"]}
-    jsonschema.Draft202012Validator(whole).validate(body)
-
-
-# --- the document itself ---------------------------------------------------------------------
-
-
-def test_served_description_is_the_documented_one() -> None:
-    assert yaml.safe_load(openapi_json()) == DOCUMENT
-
-
-@pytest.mark.parametrize("entity", [GPU, GPUAssignment, GPUPoolStatus, GPUProcess, Server])
-def test_entity_is_described_with_exactly_its_fields(entity: type[BaseModel]) -> None:
-    described = DOCUMENT["components"]["schemas"][entity.__name__]["properties"]
-    assert set(described) == {*entity.model_fields, *entity.model_computed_fields}
-
-
-def test_every_route_of_ours_is_described(tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text('{"models": {}}')
-    app = create_app(load_settings(config, environ={}))
-    described = {re.sub(r"\{\w+\}", "*", path) for path in DOCUMENT["paths"]}
-    for rule in app.url_map.iter_rules():
-        if rule.endpoint.startswith("relay."):
-            continue
-        pattern = re.sub(r"<[^>]*>", "*", rule.rule)
-        assert any(path == pattern or path.startswith(f"{pattern}/") for path in described), pattern
-
-
-def test_every_inference_route_is_described() -> None:
-    assert set(DOCUMENT["paths"]) >= INFERENCE_PATHS
-
-
-def test_every_error_code_is_described() -> None:
-    codes = {kind.code for kind in subclasses(errors.SmartProxyError)} - {"config_error"}
-    described = DOCUMENT["components"]["schemas"]["Error"]["properties"]["error"]["properties"]
-    assert set(described["code"]["enum"]) >= codes
-
-
-def subclasses(kind: type[errors.SmartProxyError]) -> Iterator[type[errors.SmartProxyError]]:
-    yield kind
-    for child in kind.__subclasses__():
-        yield from subclasses(child)
-
-
-# --- real answers ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +61,6 @@ def gpus_of(proxy: Proxy) -> list[dict[str, Any]]:
     return gpus
 
 
-@pytest.mark.servers
 def test_health_in_trouble_is_as_described(proxy: Proxy) -> None:
     body = proxy.health()
     validate(body, "Health")
@@ -133,7 +68,6 @@ def test_health_in_trouble_is_as_described(proxy: Proxy) -> None:
     assert {g["state"] for g in gpus_of(proxy)} == {"assigned", "error"}
 
 
-@pytest.mark.servers
 def test_status_in_trouble_is_as_described(proxy: Proxy) -> None:
     wait_until(lambda: requests.get(f"{proxy.url}/status").json()["queue"], what="a queue")
     body = requests.get(f"{proxy.url}/status").json()
@@ -141,7 +75,6 @@ def test_status_in_trouble_is_as_described(proxy: Proxy) -> None:
     assert [(q["model_id"], q["state"]) for q in body["queue"]] == [("loading", "starting")]
 
 
-@pytest.mark.servers
 def test_errors_are_as_described(proxy: Proxy) -> None:
     for answer in (
         proxy.chat("nobody"),
@@ -152,18 +85,6 @@ def test_errors_are_as_described(proxy: Proxy) -> None:
         validate(answer.json(), "Error")
 
 
-@pytest.mark.servers
-def test_without_a_state_file_health_is_as_described(tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text('{"models": {}}')
-    client = create_app(load_settings(config, environ={})).test_client()
-    for path, schema in (("/health", "Health"), ("/status", "Status")):
-        answer = client.get(path)
-        assert answer.status_code == 200
-        validate(answer.json, schema)
-
-
-@pytest.mark.servers
 @OURS.parametrize()
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_answers_to_generated_requests_are_as_described(
@@ -172,7 +93,6 @@ def test_answers_to_generated_requests_are_as_described(
     case.call_and_validate(base_url=proxy.url, checks=CHECKS, timeout=30)
 
 
-@pytest.mark.servers
 @pytest.mark.parametrize("path", ["/v1/models/", "/models/"])
 def test_an_id_with_slashes_is_found(proxy: Proxy, path: str) -> None:
     answer = requests.get(f"{proxy.url}{path}user/loaded.model")
@@ -180,7 +100,6 @@ def test_an_id_with_slashes_is_found(proxy: Proxy, path: str) -> None:
     assert answer.json()["status"] == "ready"
 
 
-@pytest.mark.servers
 def test_load_and_unload_are_as_described(proxy: Proxy) -> None:
     for verb, status in (("unload", "unloaded"), ("load", "ready")):
         answer = requests.post(f"{proxy.url}/api/models/user/loaded.model/{verb}", timeout=30)
@@ -188,7 +107,6 @@ def test_load_and_unload_are_as_described(proxy: Proxy) -> None:
         assert answer.json()["status"] == status
 
 
-@pytest.mark.servers
 @pytest.mark.parametrize("model", ["user/loaded.model", "failed"])
 def test_plans_are_as_described(proxy: Proxy, model: str) -> None:
     answer = requests.get(f"{proxy.url}/api/models/{model}/plan", timeout=30)

@@ -17,8 +17,6 @@ from smartproxy.state.migrate import create
 from tests.support.gpu_running import Card, cli_environment, gpu_machine, model, plan, world_of
 from tests.support.running import Proxy, fake_model, running, wait_until
 
-pytestmark = pytest.mark.servers
-
 
 def command(proxy: Proxy, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

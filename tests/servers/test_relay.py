@@ -14,8 +14,6 @@ from tests.support.gunicorns import Gunicorn, gunicorn
 from tests.support.upstreams import Upstream, Visit, chunk, event_head, plain_answer
 from tests.support.wire import request
 
-pytestmark = pytest.mark.servers
-
 EVENTS = [b"data: %d\n\n" % number for number in range(50)]
 STREAM = event_head() + b"".join(map(chunk, EVENTS)) + b"0\r\n\r\n"
 

@@ -10,18 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.support.gunicorns import Gunicorn, gunicorn
+from tests.support.ports import free_port
 from tests.support.upstreams import (
     Upstream,
     Visit,
     chunk,
     event_head,
-    free_port,
     plain_answer,
     wait_until,
 )
 from tests.support.wire import Answer, Wire
-
-pytestmark = pytest.mark.servers
 
 TIMES = {"RELAY_TEST_REQUEST_TIMEOUT_S": "1", "RELAY_TEST_COMMENT_AFTER_S": "0.15"}
 

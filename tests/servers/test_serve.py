@@ -19,9 +19,8 @@ import pytest
 import requests
 
 from tests.support.paths import ROOT
-from tests.support.running import Proxy, fake_model, free_port, running, wait_until
-
-pytestmark = pytest.mark.servers
+from tests.support.ports import free_pool, free_port
+from tests.support.running import Proxy, fake_model, running, wait_until
 
 
 def wait_state(proxy: Proxy, model: str, state: str) -> None:
@@ -107,9 +106,9 @@ def test_a_stream_that_waits_long_gets_comments_before_its_events(tmp_path: Path
 
 def test_a_taken_port_is_stepped_over(tmp_path: Path) -> None:
     with socket.socket() as stranger:
-        stranger.bind(("127.0.0.1", 0))
+        taken = free_pool(2)
+        stranger.bind(("127.0.0.1", taken))
         stranger.listen()
-        taken = stranger.getsockname()[1]
         pool = {"size": 2, "port_start": taken}
         with running(tmp_path, {"m": fake_model()}, server_pool=pool) as proxy:
             assert proxy.chat("m").status_code == 200
@@ -120,9 +119,7 @@ def test_a_taken_port_is_stepped_over(tmp_path: Path) -> None:
 
 
 def small_pool(tmp_path: Path, models: dict, size: int, **settings):
-    from tests.support.running import free_port
-
-    pool = {"size": size, "port_start": free_port()}
+    pool = {"size": size, "port_start": free_pool(size)}
     return running(tmp_path, models, server_pool=pool, min_residency=0, **settings)
 
 

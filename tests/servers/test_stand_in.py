@@ -1,6 +1,7 @@
-"""The stand-in llama-server: the same tests on it and on the real one.
+"""The stand-in llama-server: what a llama-server does.
 
-`server_kind` runs a test twice; the second run is the proof that the stand-in imitates what is.
+tests/real/test_stand_in.py runs every one of these tests on the real server: the proof that the
+stand-in imitates what is.
 """
 
 from __future__ import annotations
@@ -17,10 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fakes.running import STAND_IN, Running, running, wait_for
-from tests.support.fakes.stand_in.flags import FLAGS
 from tests.support.paths import ROOT
-
-pytestmark = pytest.mark.servers
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT = {
@@ -42,9 +40,9 @@ def real_binary() -> Path:
     return Path(spec.origin).parent / "bin" / "llama-server"
 
 
-@pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.real)])
-def server_kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture
+def server_kind() -> str:
+    return "stand-in"
 
 
 Start = Callable[..., AbstractContextManager[Running]]
@@ -305,32 +303,3 @@ def test_bad_flags_end_it_with_the_real_words(
     done = subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=20)
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == first_line
-
-
-@pytest.mark.real
-def test_help_names_every_flag_of_the_installed_server() -> None:
-    def flags(binary: Path) -> set[str]:
-        text = subprocess.run([binary, "--help"], capture_output=True, text=True, timeout=20).stdout
-        lines = [line for line in text.splitlines() if re.match(r"--?\w", line)]
-        heads = [line[:40] if line[38:40] == "  " else line for line in lines]
-        return {name for head in heads for name in re.findall(r"(?<!\S)--?[a-z][\w.-]*", head)}
-
-    assert flags(real_binary()) <= flags(STAND_IN)
-    assert len(flags(real_binary())) > 200
-
-
-@pytest.mark.real
-def test_flags_take_a_value_where_the_installed_server_does() -> None:
-    ours = {name: bool(flag.value) for flag in FLAGS for name in flag.spellings}
-    asked = ["--alias", "--tensor-split", "--mmproj", "--fit", "-lv", "--n-gpu-layers", "--rpc"]
-    asked += ["--metrics", "--kv-unified", "--embedding", "--offline", "--no-webui", "--slots"]
-    takes_value = {}
-    for name in asked:
-        command = [str(real_binary()), name]
-        done = (
-            subprocess.run(command, capture_output=True, text=True, timeout=3, check=False)
-            if ours[name]
-            else None
-        )
-        takes_value[name] = done is not None and "expected value" in done.stderr
-    assert takes_value == {name: ours[name] for name in asked}

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fakes.running import Running, free_port, gguf_stub, running, wait_for
-
-pytestmark = pytest.mark.servers
+from tests.support.fakes.running import Running, gguf_stub, running, wait_for
+from tests.support.ports import free_port
 
 #: a request that lasts until somebody ends it
 LONG = {"prompt": "Count", "max_tokens": 100_000, "stream": True}

@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.fakes import world as nvml
-from tests.support.fakes.nvml import build, environment
 from tests.support.fakes.nvml.child import Child
 from tests.support.fakes.running import STAND_IN, running, wait_for
 from tests.support.fakes.world import GIB, WorldFile
 
-pytestmark = pytest.mark.servers
-
 BIG, SMALL = "GPU-11111111-aaaa", "GPU-22222222-bbbb"
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("nvml"))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> WorldFile:
-    return WorldFile(tmp_path / "world", nvml.unequal_pair())
-
-
-@pytest.fixture
-def child(library: Path, world: WorldFile) -> Iterator[Child]:
-    started = Child(environment(library, world))
-    yield started
-    started.end()
 
 
 def visible(*uuids: str) -> dict[str, str]:

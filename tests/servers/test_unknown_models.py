@@ -12,8 +12,6 @@ from tests.support import gguf_files, gguf_shapes
 from tests.support.gpu_running import MIB, Card, gpu_machine, plan, uuid, world_of
 from tests.support.running import STAND_IN, wait_until
 
-pytestmark = pytest.mark.servers
-
 SERVER = """\
 #!/bin/sh
 exec {python} {stand_in} "$@"

@@ -17,8 +17,6 @@ from tests.support.gunicorns import Gunicorn, gunicorn
 from tests.support.upstreams import Upstream, Visit, chunk, event_head, plain_answer, wait_until
 from tests.support.wire import Wire
 
-pytestmark = pytest.mark.servers
-
 HEALTH = b"GET /health HTTP/1.1\r\nHost: p\r\n\r\n"
 
 

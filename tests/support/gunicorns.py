@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.paths import ROOT
-from tests.support.upstreams import free_port, wait_until
+from tests.support.ports import free_port
+from tests.support.upstreams import wait_until
 from tests.support.wire import Wire
 
 

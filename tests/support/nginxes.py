@@ -15,7 +15,8 @@ import pytest
 
 from tests.support import system_packages
 from tests.support.gunicorns import ROOT
-from tests.support.upstreams import free_port, wait_until
+from tests.support.ports import free_port
+from tests.support.upstreams import wait_until
 
 NGINX = shutil.which("nginx", path=system_packages.PATH_OF_ROOT)
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,12 +16,12 @@ from typing import Any, TypeVar
 
 import requests
 
-from smartproxy.config.settings import ServerPool
 from smartproxy.lifetime import owned_processes
+from tests.support.fakes.running import STAND_IN
 from tests.support.paths import ROOT
+from tests.support.ports import free_pool, free_port
 
 REAL_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-STAND_IN = ROOT / "tests" / "support" / "fakes" / "llama_server.py"
 DEADLINE_S = 60.0
 T = TypeVar("T")
 
@@ -38,20 +37,6 @@ def wait_until(
             return value
         assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def free_port_beside(pool: ServerPool) -> int:
-    """Return a port for the proxy that is none of its servers'."""
-    while (port := free_port()) in pool.ports:
-        pass
-    return port
 
 
 def fake_model(**knobs: Any) -> dict[str, Any]:
@@ -76,8 +61,8 @@ class Proxy:
         **settings: Any,
     ) -> None:
         self.folder = folder
-        pool = settings.pop("server_pool", None) or {"size": 4, "port_start": free_port()}
-        self.port = free_port_beside(ServerPool(**pool))
+        pool = settings.pop("server_pool", None) or {"size": 4, "port_start": free_pool(4)}
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.state_dir = folder / "state"
         self.log_path = folder / "serve.log"

@@ -149,9 +149,3 @@ class Upstream:
             self.visits.append(visit)
             script(visit)
             visit.sock.close()
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on just now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

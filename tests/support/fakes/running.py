@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tests.support.fakes.stand_in.journal import read_journal
+from tests.support.ports import free_port
 
 T = TypeVar("T")
 STAND_IN = Path(__file__).parent / "llama_server.py"
@@ -31,12 +31,6 @@ def wait_for(
         assert time.monotonic() < end, f"waited {deadline_s} s in vain for {what}"
         time.sleep(every_s)
     return answer
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,6 @@ from smartproxy.config.load import load_settings
 from smartproxy.errors import ConfigError, ModelNotFound
 from smartproxy.planner.types import Strategy
 from smartproxy.types import GIB
-from tests.support.paths import ROOT
 
 
 def catalog(tmp_path: Path, **keys: Any) -> Catalog:
@@ -348,14 +347,6 @@ def test_broken_file_is_listed_so_that_its_own_error_can_be_seen(
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "broken.gguf").write_bytes(content)
     assert list(catalog(tmp_path, models_dir="models").models) == ["broken"]
-
-
-@pytest.mark.real
-def test_real_model_is_recognised_as_one(tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    real = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    (tmp_path / "models" / "smol.gguf").symlink_to(real.resolve())
-    assert list(catalog(tmp_path, models_dir="models").models) == ["smol"]
 
 
 def test_listed_model_wins_over_a_scanned_one_of_the_same_file(tmp_path: Path) -> None:

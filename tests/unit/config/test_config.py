@@ -24,6 +24,7 @@ from smartproxy.config.load import (
 )
 from smartproxy.errors import ConfigError
 from smartproxy.planner.types import Strategy
+from tests.support.examples import examples
 from tests.support.paths import ROOT
 
 REPOSITORY = ROOT
@@ -450,7 +451,9 @@ def outcome(path: Path) -> Settings | ConfigError:
         return error
 
 
-@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hypothesis_settings(
+    max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(content=CONFIGURATION | RUBBISH)
 def test_any_json_gives_settings_or_one_line(folder: Path, content: Any) -> None:
     path = folder / "config.json"
@@ -459,7 +462,7 @@ def test_any_json_gives_settings_or_one_line(folder: Path, content: Any) -> None
     assert isinstance(result, Settings) or len(str(result).splitlines()) == 1
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=examples(100), deadline=None)
 @given(content=st.binary(max_size=40))
 def test_any_bytes_give_settings_or_one_line(folder: Path, content: bytes) -> None:
     path = folder / "bytes.json"

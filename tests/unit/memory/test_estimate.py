@@ -22,6 +22,7 @@ from smartproxy.memory.types import DeviceBytes, Estimate, EstimateOptions, Flas
 from smartproxy.model_file.metadata import read_metadata
 from smartproxy.model_file.types import ModelMetadata
 from tests.support import gguf_files, gguf_models, gguf_shapes
+from tests.support.examples import examples
 from tests.support.measured_cases import Case, all_cases, metadata_of, to_mib
 
 #: the server's log rounds each of a device's numbers to 0.01 MiB
@@ -98,7 +99,7 @@ models = st.sampled_from(
 shares = st.sampled_from([(1.0,), (1.0, 1.0), (3.0, 1.0), (1.0, 2.0, 3.0)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     file=models, options=settings_of(), split=shares, contexts=st.tuples(*[st.integers(1, 99)] * 2)
 )
@@ -121,7 +122,7 @@ def test_more_context_never_needs_less(
     assert small.host.total_bytes <= large.host.total_bytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(file=models, options=settings_of(), layers=st.tuples(*[st.integers(0, 70)] * 2))
 def test_more_layers_on_the_gpu_never_hold_fewer_weights_and_caches(
     folder: Path, file: str, options: EstimateOptions, layers: tuple[int, int]
@@ -136,7 +137,7 @@ def test_more_layers_on_the_gpu_never_hold_fewer_weights_and_caches(
     assert fewer.recurrent_bytes <= more.recurrent_bytes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(file=models, kinds=st.tuples(*[st.sampled_from(sorted(CACHE_TYPES))] * 2))
 def test_a_wider_cache_type_never_needs_a_smaller_cache(
     folder: Path, file: str, kinds: tuple[str, str]

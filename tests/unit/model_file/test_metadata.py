@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType as T
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +17,8 @@ from smartproxy.model_file import metadata
 from smartproxy.model_file.header import Counted, parse_header
 from smartproxy.model_file.metadata import is_projector, read_metadata
 from tests.support import gguf_files, gguf_models, gguf_shapes
+from tests.support.examples import examples
 from tests.support.gguf_files import Tensor, header, key_value, string, tensor_info
-from tests.support.measured_cases import REAL_MODEL
 
 TINY = gguf_shapes.Body(
     width=256, layers=4, heads=4, kv_heads=2, head=64, inner=512, vocabulary=1000, trained=4096
@@ -37,39 +37,6 @@ def message_for(path: Path) -> str:
     assert str(path) in text
     assert "\n" not in text
     return text
-
-
-@pytest.mark.real
-def test_header_says_what_ggufs_own_reader_says_of_the_real_model() -> None:
-    ours, theirs = parse_header(REAL_MODEL.read_bytes()), GGUFReader(REAL_MODEL)
-    for key, value in ours.keys.items():
-        field = theirs.fields[key]
-        if isinstance(value, Counted):
-            assert value.count == len(field.data)
-        else:
-            assert value == pytest.approx(field.contents())
-    assert len(ours.keys) == len([key for key in theirs.fields if not key.startswith("GGUF.")])
-    assert [
-        (info.name, info.dims, info.type, ours.data_offset + info.offset) for info in ours.tensors
-    ] == [
-        (t.name, tuple(int(d) for d in t.shape), int(t.tensor_type), t.data_offset)
-        for t in theirs.tensors
-    ]
-
-
-@pytest.mark.real
-def test_real_model_is_what_its_card_says() -> None:
-    model = read_metadata(REAL_MODEL)
-    assert (model.architecture, model.parameters, model.quantization) == (
-        "llama",
-        134515008,
-        "Q4_1",
-    )
-    assert (model.layer_count, model.trained_context, model.vocabulary_size) == (30, 8192, 49152)
-    assert model.has_chat_template
-    assert not model.is_embedding
-    assert model.unknown is None
-    assert model.file_bytes == REAL_MODEL.stat().st_size
 
 
 @pytest.mark.parametrize("name", list(gguf_models.MODELS))
@@ -270,7 +237,7 @@ def test_keys_that_make_no_sense_are_named(
     assert reason in message_for(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(data=st.data())
 def test_any_damage_is_an_error_or_a_model_never_a_crash(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -25,10 +25,11 @@ from smartproxy.planner.types import (
     WaitingLoad,
 )
 from smartproxy.types import GIB, Gpu, ServerState
+from tests.support.examples import examples
 from tests.support.worlds import OVERHEAD_BYTES, split_worlds, worlds
 
 generated = settings(
-    max_examples=100,
+    max_examples=examples(100),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
@@ -224,7 +225,7 @@ def test_no_pinned_or_starting_or_young_server_goes_and_busy_ones_only_drain(
             assert world.now - asked_at[eviction.for_model_id] >= 10
 
 
-@settings(generated, max_examples=60)
+@settings(generated, max_examples=examples(60))
 @given(worlds(max_loads=1, crowded=True))
 def test_evictions_make_room_and_each_of_them_is_necessary(world: Snapshot) -> None:
     leaving = {one.server_id for one in world.servers if one.state in LEAVING}
@@ -292,7 +293,7 @@ def test_explanation_agrees_with_the_plan(world: Snapshot) -> None:
 # --- every wait ends -------------------------------------------------------------------------
 
 
-@settings(generated, max_examples=100)
+@settings(generated, max_examples=examples(100))
 @given(worlds(crowded=True))
 def test_every_wait_ends_however_busy_the_servers_are(world: Snapshot) -> None:
     """Servers are busy without a pause for as long as they take new requests."""

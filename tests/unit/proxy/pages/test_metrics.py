@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import requests
-from prometheus_client.parser import text_string_to_metric_families
 
 from smartproxy.planner.types import GpuShare
 from smartproxy.proxy.pages import metrics
@@ -18,10 +16,8 @@ from smartproxy.state import servers as server_rows
 from smartproxy.state.migrate import create
 from smartproxy.state.store import Store
 from smartproxy.types import GIB, ServerState
-from tests.support.running import Proxy, fake_model, running, wait_until
+from tests.support.samples import Samples, parsed, value
 from tests.unit.test_grafana import METRICS
-
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 @pytest.fixture
@@ -29,18 +25,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
     store, _ = create(tmp_path / "state.db")
     yield store
     store.close()
-
-
-def parsed(text: str) -> Samples:
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def value(samples: Samples, name: str, **labels: str) -> float | None:
-    return samples.get((f"smartproxy_{name}", frozenset(labels.items())))
 
 
 def seen(store: Store) -> Samples:
@@ -196,55 +180,10 @@ def test_requests_that_could_not_be_written_are_written_later(tmp_path: Path) ->
     store.close()
 
 
-@pytest.mark.servers
-def test_every_worker_tells_the_same_whole_truth(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model()}) as proxy:
-        for _ in range(8):
-            assert proxy.chat("m").status_code == 200
-        assert proxy.chat("m", fake={"status": 418}).status_code == 418
-        assert proxy.chat("nobody").status_code == 404
-        wait_until(lambda: _requests(proxy, "m", "200") == 8, what="all are counted")
-        # whichever worker answers
-        for _ in range(20):
-            samples = _scrape(proxy)
-            assert value(samples, "requests_total", model="m", code="200") == 8
-            assert value(samples, "requests_total", model="m", code="418") == 1
-            assert value(samples, "requests_total", model="", code="404") == 1
-
-
-@pytest.mark.servers
-def test_counts_outlive_a_restart(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model()}) as proxy:
-        assert proxy.chat("m").status_code == 200
-        proxy.stop()
-        proxy.start()
-        assert _requests(proxy, "m", "200") == 1
-        assert value(_scrape(proxy), "loads_total", model="m", outcome="ready") == 1
-
-
 def test_the_time_of_the_last_decision_is_told_once_there_was_one(store: Store) -> None:
     assert value(seen(store), "decision_seconds") is None
     server_rows.update_manager(store, {"decision_s": 0.002})
     assert value(seen(store), "decision_seconds") == 0.002
-
-
-@pytest.mark.servers
-def test_metrics_want_a_key_where_requests_do(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model()}, api_keys=["sesame"]) as proxy:
-        assert requests.get(f"{proxy.url}/metrics").status_code == 401
-        assert requests.get(f"{proxy.url}/status").status_code == 401
-        opened = {"Authorization": "Bearer sesame"}
-        assert requests.get(f"{proxy.url}/metrics", headers=opened).status_code == 200
-
-
-def _scrape(proxy: Proxy) -> Samples:
-    answer = requests.get(f"{proxy.url}/metrics")
-    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    return parsed(answer.text)
-
-
-def _requests(proxy: Proxy, model: str, code: str) -> float | None:
-    return value(_scrape(proxy), "requests_total", model=model, code=code)
 
 
 def test_the_dashboard_knows_exactly_what_is_exposed(store: Store) -> None:

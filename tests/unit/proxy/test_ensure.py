@@ -15,7 +15,7 @@ from smartproxy.config.load import load_settings
 from smartproxy.proxy.ensure import Broker
 from smartproxy.state.migrate import create
 from smartproxy.state.store import Store
-from tests.support.running import fake_model, running, wait_until
+from tests.support.running import fake_model
 
 
 @pytest.fixture
@@ -23,21 +23,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
     made, _ = create(tmp_path / "state" / "state.db")
     yield made
     made.close()
-
-
-@pytest.mark.servers
-def test_a_model_is_wanted_until_the_lease_is_written(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model()}) as proxy:
-        with contextlib.closing(sqlite3.connect(proxy.state_dir / "state.db")) as file:
-            file.execute("CREATE TABLE wanted (demands INTEGER)")
-            file.execute(
-                "CREATE TRIGGER at_lease AFTER INSERT ON leases BEGIN"
-                " INSERT INTO wanted SELECT count(*) FROM demands WHERE kind = 'load'; END"
-            )
-            file.commit()
-        assert proxy.chat("m").status_code == 200
-        assert [row["demands"] for row in proxy.rows("SELECT demands FROM wanted")] == [1]
-        wait_until(lambda: proxy.rows("SELECT 1 FROM demands") == [], what="withdrawn")
 
 
 def test_a_client_that_goes_while_its_wish_is_written_leaves_none(
