@@ -10,12 +10,9 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from smartproxy.serving.guard import PATIENCE_VARIABLE
 from tests.support.running import Proxy, fake_model, running
-
-pytestmark = pytest.mark.servers
 
 
 def second_serve(proxy: Proxy, port: int) -> subprocess.CompletedProcess[str]:

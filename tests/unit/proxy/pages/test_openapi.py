@@ -14,8 +14,8 @@ from smartproxy import errors
 from smartproxy.config.load import load_settings
 from smartproxy.entities import GPU, GPUAssignment, GPUPoolStatus, GPUProcess, Server
 from smartproxy.proxy.app import create_app
+from smartproxy.proxy.inference import INFERENCE_PATHS
 from smartproxy.proxy.pages.monitoring import openapi_json
-from smartproxy.proxy.routes import INFERENCE_PATHS
 from tests.support.openapi import DOCUMENT, validate
 
 
