@@ -24,8 +24,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        name = f"{cmd_name}_command"
-        command: click.Command = getattr(import_module(f"smartproxy.{name}"), name)
+        module = import_module(f"smartproxy.commands.{cmd_name}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
 

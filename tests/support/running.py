@@ -21,7 +21,7 @@ from smartproxy.lifetime import owned_processes
 from tests.support.paths import ROOT
 
 REAL_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-STAND_IN = ROOT / "tests" / "fakes" / "llama_server.py"
+STAND_IN = ROOT / "tests" / "support" / "fakes" / "llama_server.py"
 DEADLINE_S = 60.0
 T = TypeVar("T")
 
