@@ -37,8 +37,9 @@ from smartproxy.manager.gpu_watch import Watcher
 from smartproxy.manager.server_watch import trim_logs, watch
 from smartproxy.manager.tick import tick
 from smartproxy.state import demands as demand_rows
-from smartproxy.state import measurements, migrate
+from smartproxy.state import events, leases, measurements, migrate
 from smartproxy.state import servers as server_rows
+from smartproxy.state.manager_row import update_manager
 
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
@@ -120,16 +121,14 @@ def _stopper(manager: Manager) -> Callable[[int, FrameType | None], None]:
 
 
 def _serve(manager: Manager, doorbell: Doorbell) -> int:
-    server_rows.update_manager(
+    update_manager(
         manager.store,
-        {
-            "pid": os.getpid(),
-            "started_at": time.time(),
-            "heartbeat_at": time.time(),
-            "stopping": 0,
-            "llama_server": str(manager.binary.path),
-            "build": manager.binary.build,
-        },
+        pid=os.getpid(),
+        started_at=time.time(),
+        heartbeat_at=time.time(),
+        stopping=False,
+        llama_server=str(manager.binary.path),
+        build=manager.binary.build,
     )
     logger.info(
         "manager up pid=%d models=%d llama-server=%s (%s)",
@@ -206,10 +205,10 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) 
             manager.look_wanted.clear()
             scheduler.modify_job("look", next_run_time=_now())
     logger.info("stopping")
-    server_rows.update_manager(manager.store, {"stopping": 1})
+    update_manager(manager.store, stopping=True)
     _refuse_all(manager)
     stop_all(manager, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
-    server_rows.update_manager(manager.store, {"pid": None, "heartbeat_at": None})
+    update_manager(manager.store, pid=None, heartbeat_at=None)
     logger.info("stopped")
     return 0
 
@@ -227,13 +226,14 @@ def _refuse_all(manager: Manager) -> None:
 
 def _heartbeat(manager: Manager) -> None:
     now = time.time()
-    server_rows.update_manager(manager.store, {"heartbeat_at": now})
-    dead = [name for name in demand_rows.workers_seen(manager.store) if not worker_alive(name)]
-    demand_rows.clear_expired(manager.store, now=now, dead_workers=dead)
+    update_manager(manager.store, heartbeat_at=now)
+    dead = [name for name in leases.workers_seen(manager.store) if not worker_alive(name)]
+    leases.clear_expired(manager.store, now=now, dead_workers=dead)
 
 
 def _tidy(manager: Manager) -> None:
     server_rows.prune(manager.store, now=time.time())
+    events.prune(manager.store)
     measurements.prune(manager.store)
     trim_logs(manager)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,18 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smartproxy.errors import LoadFailed, SmartProxyError
+from smartproxy.errors import LoadFailed, SmartProxyError, StateRefused
 from smartproxy.llama import process
 from smartproxy.manager import lingering
 from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import argv_of, bring_up, free_port
 from smartproxy.manager.context import Manager
 from smartproxy.manager.served import loaded_of, options_key, settings_key
-from smartproxy.planner.types import Decision, Evict, Start
-from smartproxy.state import counts
+from smartproxy.planner.types import Decision, Evict, GpuShare, Start
+from smartproxy.state import counts, events
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import servers as server_rows
+from smartproxy.state.assignments import NewAssignment
 from smartproxy.state.demands import Demand
+from smartproxy.state.manager_row import update_manager
+from smartproxy.state.server_row import NewServer
 from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 def carry_out(manager: Manager, decision: Decision, demands: list[Demand], now: float) -> None:
     """Do what the planner decided; every action is written down before it is begun."""
     if decision.starts or decision.evictions or decision.refusals:
-        server_rows.update_manager(manager.store, {"decision_s": manager.decision_s})
+        update_manager(manager.store, decision_s=manager.decision_s)
     for eviction in decision.evictions:
         evict(manager, eviction, now)
     for start_ in decision.starts:
@@ -59,7 +61,7 @@ def carry_out(manager: Manager, decision: Decision, demands: list[Demand], now: 
         )
         _answer(manager, late, wait.model_id, wait.code_at_timeout, message, now)
     waits = {wait.model_id: wait.reason for wait in decision.waits}
-    server_rows.set_waits(manager.store, waits, now=now, data=_decided(manager))
+    demand_rows.set_waits(manager.store, waits, now=now, data=_decided(manager))
 
 
 def _answer(
@@ -69,7 +71,7 @@ def _answer(
     if not ids:
         return
     demand_rows.answer(manager.store, ids, now=now, error_code=code, message=message)
-    server_rows.event(
+    events.event(
         manager.store,
         now,
         "load",
@@ -97,36 +99,45 @@ def start(manager: Manager, decided: Start, now: float) -> None:
     loaded = loaded_of(manager.store, spec)
     argv = argv_of(manager, spec, placement, port)
     options = options_key(spec, loaded, manager.binary.build)
-    columns = {
-        "model_id": spec.id,
-        "port": port,
-        "api_key": secrets.token_urlsafe(24),
-        "command": json.dumps(argv),
-        "log_path": str(_log_path(manager, spec.id, now)),
-        "settings_key": settings_key(options, layout),
-        "on_cpu_for_want_of_gpu": int(placement.on_cpu_for_want_of_gpu),
-        "context_size": layout.context_size,
-        "parallel": spec.parallel,
-        "gpu_layers": layout.gpu_layers if placement.gpus else 0,
-        "layer_count": loaded.metadata.layer_count + 1,
-        "tensor_split": ",".join(f"{share:g}" for share in layout.tensor_split),
-        "estimated_bytes": sum(share.bytes for share in placement.gpus),
-        "host_estimated_bytes": estimate.host.total_bytes,
-    }
+    new = NewServer(
+        model_id=spec.id,
+        port=port,
+        api_key=secrets.token_urlsafe(24),
+        command=json.dumps(argv),
+        log_path=str(_log_path(manager, spec.id, now)),
+        settings_key=settings_key(options, layout),
+        on_cpu_for_want_of_gpu=placement.on_cpu_for_want_of_gpu,
+        context_size=layout.context_size,
+        parallel=spec.parallel,
+        gpu_layers=layout.gpu_layers if placement.gpus else 0,
+        layer_count=loaded.metadata.layer_count + 1,
+        tensor_split=",".join(f"{share:g}" for share in layout.tensor_split),
+        estimated_bytes=sum(share.bytes for share in placement.gpus),
+        host_estimated_bytes=estimate.host.total_bytes,
+    )
     try:
         server_id = server_rows.insert_server(
             manager.store,
-            columns,
-            placement.gpus,
+            new,
+            [_assigned(share) for share in placement.gpus],
             now=now,
             reason=placement.reason,
             data=_decided(manager),
         )
-    except sqlite3.IntegrityError as error:
+    except StateRefused as error:
         # an index refused a second live server: the next pass sees the first
         logger.error("model '%s' not started: %s", spec.id, error)
         return
     in_thread(manager, bring_up, manager, server_id, spec, placement)
+
+
+def _assigned(share: GpuShare) -> NewAssignment:
+    return NewAssignment(
+        gpu_uuid=share.uuid,
+        gpu_index=share.index,
+        estimated_bytes=share.bytes,
+        free_bytes=share.free_bytes,
+    )
 
 
 def _log_path(manager: Manager, model_id: str, now: float) -> Path:
@@ -140,10 +151,10 @@ def _log_path(manager: Manager, model_id: str, now: float) -> Path:
 def evict(manager: Manager, eviction: Evict, now: float) -> None:
     """Drain a victim; it stops when its last request is done. One that only moves comes back."""
     row = server_rows.server(manager.store, eviction.server_id)
-    if row["state"] != ServerState.READY:
+    if row.state != ServerState.READY:
         return
     how = Draining(only_if_idle=not eviction.drains_busy, data=_decided(manager))
-    if not _drain(manager, row["id"], eviction.reason, now, how):
+    if not _drain(manager, row.id, eviction.reason, now, how):
         return
     if eviction.for_model_id == eviction.model_id:
         manager.preload.add(eviction.model_id)
@@ -156,12 +167,12 @@ def unload(
 ) -> None:
     """Bring a model's server down in order, whatever state it is in."""
     for row in server_rows.live_servers(manager.store):
-        if row["model_id"] != model_id:
+        if row.model_id != model_id:
             continue
-        if row["state"] == ServerState.READY:
-            _drain(manager, row["id"], reason, now, Draining(only_if_idle=only_if_idle))
-        elif row["state"] == ServerState.STARTING:
-            stop_starting(manager, row["id"], reason, now)
+        if row.state == ServerState.READY:
+            _drain(manager, row.id, reason, now, Draining(only_if_idle=only_if_idle))
+        elif row.state == ServerState.STARTING:
+            stop_starting(manager, row.id, reason, now)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,28 +231,26 @@ def in_thread(manager: Manager, work: Callable[..., None], *args: Any) -> None:
 def notice_exits(manager: Manager, now: float) -> None:
     """Carry servers whose process is gone to failed; starting ones are seen by their thread."""
     for row in server_rows.live_servers(manager.store):
-        child = manager.children.get(row["id"])
-        state = ServerState(row["state"])
+        child = manager.children.get(row.id)
+        state = ServerState(row.state)
         if state not in (ServerState.READY, ServerState.DRAINING) or (child and child.alive()):
             continue
-        lingering.note_end(manager, row["id"], now)
+        lingering.note_end(manager, row.id, now)
         exit_code = child.exit_code() if child else None
-        why = process.explain_exit(exit_code, process.tail(Path(row["log_path"])))
-        message = f"model '{row['model_id']}': its llama-server {why}"
+        why = process.explain_exit(exit_code, process.tail(Path(row.log_path)))
+        message = f"model '{row.model_id}': its llama-server {why}"
         server_rows.transition(
             manager.store,
-            row["id"],
+            row.id,
             state,
             ServerState.FAILED,
             now=now,
             reason=message,
-            columns={
-                "error_code": "backend_failed",
-                "error_message": message,
-                "exit_code": exit_code,
-            },
+            error_code="backend_failed",
+            error_message=message,
+            exit_code=exit_code,
         )
-        manager.children.pop(row["id"], None)
+        manager.children.pop(row.id, None)
 
 
 def stop_all(manager: Manager, *, grace_s: float, deadline_s: float) -> None:
@@ -252,18 +261,18 @@ def stop_all(manager: Manager, *, grace_s: float, deadline_s: float) -> None:
     reason = "the proxy is being stopped"
     now = time.time()
     for row in server_rows.live_servers(manager.store):
-        unload(manager, row["model_id"], reason, now)
+        unload(manager, row.model_id, reason, now)
     _until_none_live(manager, grace_s)
     for row in server_rows.live_servers(manager.store):
         if server_rows.transition(
             manager.store,
-            row["id"],
+            row.id,
             ServerState.DRAINING,
             ServerState.STOPPING,
             now=time.time(),
             reason=f"{reason}; requests were still running after {grace_s:g} s",
         ):
-            in_thread(manager, take_down, manager, row["id"])
+            in_thread(manager, take_down, manager, row.id)
     _until_none_live(manager, deadline_s)
 
 

@@ -6,7 +6,7 @@ from smartproxy.manager.context import Manager
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import servers as server_rows
 from smartproxy.state.demands import Demand
-from smartproxy.state.store import Row
+from smartproxy.state.server_row import LiveServer
 from smartproxy.types import ServerState
 
 
@@ -14,7 +14,7 @@ def answer_settled(manager: Manager, demands: list[Demand], now: float) -> list[
     """Answer what is settled and return the rest, oldest first."""
     if not demands:
         return []
-    live = {row["model_id"]: row for row in server_rows.live_servers(manager.store)}
+    live = {row.model_id: row for row in server_rows.live_servers(manager.store)}
     rest = []
     for wish in demands:
         settled, code, message = _settled(manager, wish, live.get(wish.model_id), now)
@@ -26,7 +26,7 @@ def answer_settled(manager: Manager, demands: list[Demand], now: float) -> list[
 
 
 def _settled(
-    manager: Manager, wish: Demand, row: Row | None, now: float
+    manager: Manager, wish: Demand, row: LiveServer | None, now: float
 ) -> tuple[bool, str | None, str | None]:
     """Return whether a demand is settled, and the error it is answered with (None: done)."""
     if wish.model_id not in manager.catalog.models:
@@ -37,7 +37,7 @@ def _settled(
         return False, None, None
     if row is not None:
         # a request takes the ready server by itself; only a person waits to be told
-        return wish.explicit and row["state"] == ServerState.READY, None, None
+        return wish.explicit and row.state == ServerState.READY, None, None
     failure = manager.failures.get(wish.model_id)
     if failure is None:
         return False, None, None

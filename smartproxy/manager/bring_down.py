@@ -25,14 +25,12 @@ def drain(manager: Manager, server_id: int, *, only_if_idle: bool = False) -> No
     only_if_idle: what turns out to be in use stays; who wanted its place chooses anew.
     """
     while True:
-        row = next(
-            (r for r in server_rows.live_servers(manager.store) if r["id"] == server_id), None
-        )
-        if row is None or row["state"] != ServerState.DRAINING:
+        row = next((r for r in server_rows.live_servers(manager.store) if r.id == server_id), None)
+        if row is None or row.state != ServerState.DRAINING:
             return  # it died, or a full stop took over
         # leases are ours; what nginx carries only the server itself knows
-        slots = slots_busy(row["port"], row["api_key"])
-        if not row["leased"] and not slots:
+        slots = slots_busy(row.port, row.api_key)
+        if not row.leased and not slots:
             break
         if only_if_idle:
             _keep(manager, server_id, slots)
@@ -59,7 +57,9 @@ def _keep(manager: Manager, server_id: int, slots: int) -> None:
         ServerState.READY,
         now=now,
         reason="kept: it was in use after all",
-        columns={"slots_busy": slots, "watched_at": now, "last_used_at": now},
+        slots_busy=slots,
+        watched_at=now,
+        last_used_at=now,
     )
     manager.poke()
 
@@ -93,7 +93,7 @@ def take_down(manager: Manager, server_id: int, grace_s: float = process.TERM_GR
         ServerState.STOPPED,
         now=time.time(),
         reason=f"{said}, {time.monotonic() - began:.2f} s",
-        columns={"exit_code": child.exit_code() if child else None},
+        exit_code=child.exit_code() if child else None,
     )
     manager.children.pop(server_id, None)
     manager.poke()

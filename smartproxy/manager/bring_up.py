@@ -29,7 +29,8 @@ from smartproxy.manager.shortage import OutOfGpuMemory
 from smartproxy.planner.reasons import gb
 from smartproxy.planner.types import Placement
 from smartproxy.state import servers as server_rows
-from smartproxy.state.store import Row
+from smartproxy.state.assignments import assignments
+from smartproxy.state.server_row import ServerRow
 from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
@@ -103,24 +104,24 @@ def _start_and_wait(
     for left in reversed(range(PORT_TRIES)):
         row = server_rows.server(manager.store, server_id)
         child = process.spawn(
-            argv_of(manager, spec, placement, row["port"]),
+            argv_of(manager, spec, placement, row.port),
             environment(
                 manager.binary,
                 spec,
                 placement,
                 environ=os.environ,
-                api_key=row["api_key"],
+                api_key=row.api_key,
                 state_dir=manager.settings.state_dir,
                 devices=_devices(manager, placement),
             ),
-            Path(row["log_path"]),
+            Path(row.log_path),
         )
         manager.children[server_id] = child
         server_rows.update_server(
-            manager.store, server_id, {"pid": child.pid, "pid_started_at": child.started_at}
+            manager.store, server_id, pid=child.pid, pid_started_at=child.started_at
         )
         # whoever stopped it before the process was there had nothing to end
-        if server_rows.server(manager.store, server_id)["state"] != ServerState.STARTING:
+        if server_rows.server(manager.store, server_id).state != ServerState.STARTING:
             process.stop(child)
             manager.children.pop(server_id, None)
             return
@@ -130,9 +131,9 @@ def _start_and_wait(
         except PortTaken:
             if left == 0:
                 raise
-            port = free_port(manager, after=row["port"])
-            logger.warning("server %d: port %d is taken, trying %d", server_id, row["port"], port)
-            server_rows.update_server(manager.store, server_id, {"port": port})
+            port = free_port(manager, after=row.port)
+            logger.warning("server %d: port %d is taken, trying %d", server_id, row.port, port)
+            server_rows.update_server(manager.store, server_id, port=port)
 
 
 class PortTaken(LoadFailed):
@@ -141,17 +142,17 @@ class PortTaken(LoadFailed):
 
 def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
     row = server_rows.server(manager.store, server_id)
-    child, log_path = manager.children[server_id], Path(row["log_path"])
+    child, log_path = manager.children[server_id], Path(row.log_path)
     began = time.monotonic()
     progress = Progress(child=child, log_path=log_path, at=began)
-    while not healthy(row["port"]):
+    while not healthy(row.port):
         if not child.alive():
             raise _why_ended(manager, row, spec.id, child.exit_code())
         now = time.monotonic()
         _check_deadlines(manager, spec, waited_s=now - began, idle_s=progress.idle_s(now))
         every_s = max(FIRST_PROBE_EVERY_S, (now - began) * PROBE_SHARE)
         time.sleep(min(every_s, LAST_PROBE_EVERY_S))
-    load_s = time.time() - row["created_at"]
+    load_s = time.time() - row.created_at
     server_rows.transition(
         manager.store,
         server_id,
@@ -159,24 +160,28 @@ def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
         ServerState.READY,
         now=time.time(),
         reason=f"ready after {load_s:.2f} s",
-        columns={"ready_at": time.time(), "load_s": load_s, "last_used_at": time.time()},
+        ready_at=time.time(),
+        load_s=load_s,
+        last_used_at=time.time(),
     )
     manager.failures.pop(spec.id, None)
     shortage.settled(manager, spec.id)
 
 
-def _why_ended(manager: Manager, row: Row, model_id: str, exit_code: int | None) -> LoadFailed:
+def _why_ended(
+    manager: Manager, row: ServerRow, model_id: str, exit_code: int | None
+) -> LoadFailed:
     """Return the error of a server that ended before it was ready."""
-    log = process.tail(Path(row["log_path"]))
+    log = process.tail(Path(row.log_path))
     why = process.explain_exit(exit_code, log)
-    message = f"model '{model_id}' did not load: its llama-server {why} (log: {row['log_path']})"
+    message = f"model '{model_id}' did not load: its llama-server {why} (log: {row.log_path})"
     if process.PORT_TAKEN.search(log):
         return PortTaken(message)
     lacking = out_of_memory.lacking(log)
-    if lacking is Lacking.GPU and server_rows.assignments(manager.store).get(row["id"]):
+    if lacking is Lacking.GPU and assignments(manager.store).get(row.id):
         return OutOfGpuMemory(message, log)
     if lacking is Lacking.HOST:
-        needed, free = row["host_estimated_bytes"] or 0, psutil.virtual_memory().available
+        needed, free = row.host_estimated_bytes or 0, psutil.virtual_memory().available
         message += f"; main memory: {gb(needed)} estimated, {gb(free)} available now"
     return LoadFailed(message)
 
@@ -244,7 +249,7 @@ def free_port(manager: Manager, *, after: int | None = None) -> int:
     Raises LoadFailed when 1000 in a row are taken.
     """
     first = manager.settings.server_pool.port_start
-    ours = {row["port"] for row in server_rows.live_servers(manager.store)}
+    ours = {row.port for row in server_rows.live_servers(manager.store)}
     for port in range((after + 1) if after else first, min(first + 1000, 65536)):
         if port not in ours and _bindable(port):
             return port
@@ -288,11 +293,9 @@ def _failed(manager: Manager, server_id: int, model_id: str, error: SmartProxyEr
         ServerState.FAILED,
         now=time.time(),
         reason=str(error),
-        columns={
-            "error_code": error.code,
-            "error_message": str(error),
-            "exit_code": child.exit_code() if child else None,
-        },
+        error_code=error.code,
+        error_message=str(error),
+        exit_code=child.exit_code() if child else None,
     )
     if not moved:  # it was being stopped on purpose: no failure
         manager.forget_failure(model_id, before)

@@ -14,7 +14,8 @@ from smartproxy.manager.act import in_thread, stop_starting, unload
 from smartproxy.manager.bring_down import take_down
 from smartproxy.manager.context import Manager
 from smartproxy.state import servers as server_rows
-from smartproxy.state.store import Row
+from smartproxy.state.assignments import assignments
+from smartproxy.state.server_row import LiveServer
 from smartproxy.types import Gpu, ServerState
 
 #: a driver that has a bad moment unloads nothing: failing looks must be so far apart
@@ -28,20 +29,16 @@ def leave_failed_gpus(manager: Manager, now: float) -> None:
     failed = _failed(manager)
     if not failed:
         return
-    parts = server_rows.assignments(manager.store)
+    parts = assignments(manager.store)
     for row in server_rows.live_servers(manager.store):
-        gpus = [
-            failed[part["gpu_uuid"]]
-            for part in parts.get(row["id"], ())
-            if part["gpu_uuid"] in failed
-        ]
-        if not gpus or row["state"] == ServerState.STOPPING:
+        gpus = [failed[part.gpu_uuid] for part in parts.get(row.id, ()) if part.gpu_uuid in failed]
+        if not gpus or row.state == ServerState.STOPPING:
             continue
         reason = f"gpu {gpus[0].index} failed: {gpus[0].error}"
         if any(gpu.lost for gpu in gpus):
             _end(manager, row, reason, now)
         else:
-            unload(manager, row["model_id"], reason, now)
+            unload(manager, row.model_id, reason, now)
 
 
 def _failed(manager: Manager) -> dict[str, Gpu]:
@@ -60,13 +57,13 @@ def _failed(manager: Manager) -> dict[str, Gpu]:
     }
 
 
-def _end(manager: Manager, row: Row, reason: str, now: float) -> None:
+def _end(manager: Manager, row: LiveServer, reason: str, now: float) -> None:
     """Stop a server without waiting for its requests."""
-    state = ServerState(row["state"])
+    state = row.state
     if state is ServerState.STARTING:
-        stop_starting(manager, row["id"], reason, now)
+        stop_starting(manager, row.id, reason, now)
         return
-    store, server_id = manager.store, row["id"]
+    store, server_id = manager.store, row.id
     if state is ServerState.READY:
         server_rows.transition(
             store, server_id, state, ServerState.DRAINING, now=now, reason=reason

@@ -15,7 +15,8 @@ from dataclasses import replace
 from smartproxy.manager.context import Ended, Manager
 from smartproxy.planner.types import Hold, RunningServer
 from smartproxy.state import servers as server_rows
-from smartproxy.state.store import Row
+from smartproxy.state.assignments import AssignmentRow, assignments
+from smartproxy.state.server_row import LiveServer, ServerRow
 from smartproxy.types import MIB, Gpu, GpuSnapshot, ServerState
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,9 @@ PATIENCE_S = 5.0
 TOLERANCE_BYTES = 64 * MIB
 
 
-def note_others(manager: Manager, live: list[Row], promised: Mapping[int, list[Row]]) -> None:
+def note_others(
+    manager: Manager, live: list[LiveServer], promised: Mapping[int, list[AssignmentRow]]
+) -> None:
     """Remember what each new look shows as used that no listed process has, and none of ours.
 
     Only while all our servers on the GPU show themselves and none has just ended: what a process
@@ -36,12 +39,12 @@ def note_others(manager: Manager, live: list[Row], promised: Mapping[int, list[R
     if seen is None or seen is manager.others_at:
         return
     manager.others_at = seen
-    known = {row["pid"] for row in live} | {ended.pid for ended in manager.ended.values()}
+    known = {row.pid for row in live} | {ended.pid for ended in manager.ended.values()}
     manager.shown_pids &= known  # a number may come again
     for gpu in seen.gpus:
         listed = {process.pid for process in gpu.processes if process.used_bytes}
-        ours = {row["pid"] for row in live if _has_part(promised.get(row["id"], ()), gpu)}
-        manager.shown_pids |= ours & listed
+        ours = {row.pid for row in live if _has_part(promised.get(row.id, ()), gpu)}
+        manager.shown_pids |= listed & ours
         ending = any(gpu.uuid in ended.server.holds for ended in manager.ended.values())
         if ours <= listed and not ending:
             manager.unclaimed_bytes[gpu.uuid] = _unclaimed(gpu)
@@ -49,20 +52,20 @@ def note_others(manager: Manager, live: list[Row], promised: Mapping[int, list[R
 
 def note_end(manager: Manager, server_id: int, now: float) -> None:
     """Remember what a server had whose process has ended; call before its row says so."""
-    parts = server_rows.assignments(manager.store).get(server_id, [])
+    parts = assignments(manager.store).get(server_id, [])
     seen = manager.gpus
     if not parts or seen is None:
         return
     row = server_rows.server(manager.store, server_id)
-    reserved = {part["gpu_uuid"]: part["reserved_bytes"] for part in parts}
-    loaded = row["ready_at"] is not None and seen.observed_at > row["ready_at"]
-    hidden = loaded and row["pid"] not in manager.shown_pids
+    reserved = {part.gpu_uuid: part.reserved_bytes for part in parts}
+    loaded = row.ready_at is not None and seen.observed_at > row.ready_at
+    hidden = loaded and row.pid not in manager.shown_pids
     for gpu in seen.gpus:
         if gpu.uuid in reserved:  # where nothing is known yet
             manager.unclaimed_bytes.setdefault(gpu.uuid, _unclaimed(gpu))
     manager.ended[server_id] = Ended(
         server=_stopping(row, reserved),
-        pid=row["pid"],
+        pid=row.pid,
         at=now,
         # a half is a sure sign: what was promised is not much more than what was used
         used_at_most={
@@ -74,18 +77,18 @@ def note_end(manager: Manager, server_id: int, now: float) -> None:
     manager.look_at_gpus()
 
 
-def _stopping(row: Row, reserved: Mapping[str, int]) -> RunningServer:
+def _stopping(row: ServerRow, reserved: Mapping[str, int]) -> RunningServer:
     return RunningServer(
-        server_id=row["id"],
-        model_id=row["model_id"],
+        server_id=row.id,
+        model_id=row.model_id,
         state=ServerState.STOPPING,
         holds={uuid: Hold(reserved_bytes=size, visible_bytes=0) for uuid, size in reserved.items()},
         busy=0,
         pinned=False,
-        created_at=row["created_at"],
+        created_at=row.created_at,
         ready_at=None,
-        last_used_at=row["last_used_at"],
-        load_s=row["load_s"] or 0.0,
+        last_used_at=row.last_used_at,
+        load_s=row.load_s or 0.0,
     )
 
 
@@ -152,5 +155,5 @@ def _unclaimed(gpu: Gpu) -> int:
     return gpu.used_bytes - sum(process.used_bytes or 0 for process in gpu.processes)
 
 
-def _has_part(parts: Iterable[Row], gpu: Gpu) -> bool:
-    return any(part["gpu_uuid"] == gpu.uuid for part in parts)
+def _has_part(parts: Iterable[AssignmentRow], gpu: Gpu) -> bool:
+    return any(part.gpu_uuid == gpu.uuid for part in parts)

@@ -16,6 +16,8 @@ from smartproxy.memory.correct import at_least, corrected, overridden
 from smartproxy.memory.estimate import make_need
 from smartproxy.memory.types import Layout, ModelMetadata, Need
 from smartproxy.planner.types import PlacePolicy
+from smartproxy.state import models
+from smartproxy.state.models import ModelRow
 
 logger = logging.getLogger(__name__)
 
@@ -80,30 +82,21 @@ def publish_models(manager: Manager) -> None:
     """Write the catalogue with what is known of each model, for /v1/models. May take seconds."""
     for spec in manager.catalog.models.values():
         publish_model(manager, spec)
-    ids = list(manager.catalog.models)
-    with manager.store.write() as connection:
-        connection.execute(f"DELETE FROM models WHERE id NOT IN ({','.join('?' * len(ids))})", ids)
+    models.keep_models(manager.store, manager.catalog.models)
 
 
 def publish_model(manager: Manager, spec: ModelSpec) -> None:
     """Write what is known of one model: again when a load has taught something about it."""
-    row = _model_row(manager, spec)
-    names = ", ".join(row)
-    with manager.store.write() as connection:
-        connection.execute(
-            f"INSERT OR REPLACE INTO models ({names})"
-            f" VALUES ({', '.join(f':{name}' for name in row)})",
-            row,
-        )
+    models.write_model(manager.store, _model_row(manager, spec))
 
 
-def _model_row(manager: Manager, spec: ModelSpec) -> dict[str, object]:
-    row: dict[str, object] = {
-        "id": spec.id,
-        "path": str(spec.path) if spec.path else None,
-        "problem": spec.problem,
-        "updated_at": time.time(),
-    }
+def _model_row(manager: Manager, spec: ModelSpec) -> ModelRow:
+    row = ModelRow(
+        id=spec.id,
+        path=str(spec.path) if spec.path else None,
+        problem=spec.problem,
+        updated_at=time.time(),
+    )
     if spec.problem is not None or spec.path is None:
         return row
     try:
@@ -113,16 +106,16 @@ def _model_row(manager: Manager, spec: ModelSpec) -> dict[str, object]:
         estimate = need.estimate(layout)
     except (MetadataError, LoadFailed) as error:
         logger.warning("model '%s' can't be loaded: %s", spec.id, error)
-        return {**row, "problem": str(error)}
-    return {
-        **row,
-        "architecture": known.architecture,
-        "parameters": known.parameters,
-        "quantization": known.quantization,
-        "file_bytes": known.file_bytes,
-        "trained_context": known.trained_context,
-        "context_size": layout.context_size,
-        "estimated_bytes": estimate.total_bytes,
-        "host_estimated_bytes": estimate.host.total_bytes,
-        "confident": int(estimate.confident),
-    }
+        return replace(row, problem=str(error))
+    return replace(
+        row,
+        architecture=known.architecture,
+        parameters=known.parameters,
+        quantization=known.quantization,
+        file_bytes=known.file_bytes,
+        trained_context=known.trained_context,
+        context_size=layout.context_size,
+        estimated_bytes=estimate.total_bytes,
+        host_estimated_bytes=estimate.host.total_bytes,
+        confident=estimate.confident,
+    )

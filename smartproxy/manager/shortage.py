@@ -21,7 +21,7 @@ from smartproxy.manager.context import Manager, Shortage
 from smartproxy.memory.types import Estimate, Layout, Need
 from smartproxy.planner.reasons import gb
 from smartproxy.state import servers as server_rows
-from smartproxy.state.store import Row
+from smartproxy.state.assignments import AssignmentRow, assignments
 from smartproxy.types import MIB, ServerState
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def try_again(manager: Manager, server_id: int, spec: ModelSpec, error: OutOfGpu
         return False
     if not _stop(manager, server_id, ServerState.STARTING, ServerState.STOPPING, str(error)):
         return True  # it was being stopped on purpose
-    shares = server_rows.assignments(manager.store).get(server_id, [])
+    shares = assignments(manager.store).get(server_id, [])
     _await_memory(manager, server_id)
     raised_bytes = before.raised_bytes
     taken = _taken_by_others(manager, shares)
@@ -102,9 +102,9 @@ def numbers(manager: Manager, server_id: int) -> str:
     """Return what a failed server was promised, and what its GPUs have free now."""
     free = {gpu.uuid: gpu.free_bytes for gpu in (manager.gpus.gpus if manager.gpus else ())}
     parts = [
-        f"GPU {share['gpu_index']} was to give {gb(share['estimated_bytes'])} and has"
-        f" {gb(free.get(share['gpu_uuid'], 0))} free now"
-        for share in server_rows.assignments(manager.store).get(server_id, [])
+        f"GPU {share.gpu_index} was to give {gb(share.estimated_bytes)} and has"
+        f" {gb(free.get(share.gpu_uuid, 0))} free now"
+        for share in assignments(manager.store).get(server_id, [])
     ]
     return "; ".join(parts)
 
@@ -127,27 +127,27 @@ def _await_memory(manager: Manager, server_id: int) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
-def _taken_by_others(manager: Manager, shares: list[Row]) -> str | None:
+def _taken_by_others(manager: Manager, shares: list[AssignmentRow]) -> str | None:
     """Return which GPU no longer has what was promised, None where all have."""
     gpus = {gpu.uuid: gpu for gpu in (manager.gpus.gpus if manager.gpus else ())}
     for share in shares:
-        gpu = gpus.get(share["gpu_uuid"])
-        if gpu is not None and gpu.free_bytes < share["estimated_bytes"]:
+        gpu = gpus.get(share.gpu_uuid)
+        if gpu is not None and gpu.free_bytes < share.estimated_bytes:
             return (
-                f"of the {gb(share['estimated_bytes'])} promised on GPU {gpu.index}"
+                f"of the {gb(share.estimated_bytes)} promised on GPU {gpu.index}"
                 f" others have taken all but {gb(gpu.free_bytes)}"
             )
     return None
 
 
-def _lacking_bytes(shares: list[Row], log: str) -> int:
+def _lacking_bytes(shares: list[AssignmentRow], log: str) -> int:
     """Return by how much the GPU that was most too small for it must give more."""
     known = asked_bytes(log, len(shares))
     lacking = [
         max(
             LEAST_RAISE_BYTES,
-            int(share["estimated_bytes"] * LEAST_RAISE),
-            size - share["estimated_bytes"],
+            int(share.estimated_bytes * LEAST_RAISE),
+            size - share.estimated_bytes,
         )
         for share, size in zip(shares, known, strict=True)
     ]

@@ -12,9 +12,11 @@ from smartproxy.manager import use as recent_use
 from smartproxy.manager.context import Manager
 from smartproxy.planner.types import Hold, PlanSettings, RunningServer, Snapshot, WaitingLoad
 from smartproxy.state import demands as demand_rows
+from smartproxy.state import events
 from smartproxy.state import servers as server_rows
+from smartproxy.state.assignments import AssignmentRow, assignments
 from smartproxy.state.demands import Demand
-from smartproxy.state.store import Row
+from smartproxy.state.server_row import LiveServer
 from smartproxy.types import MIB, ServerState
 
 
@@ -25,7 +27,7 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
     that reason here and do not reach the planner.
     """
     live = server_rows.live_servers(manager.store)
-    promised = server_rows.assignments(manager.store)
+    promised = assignments(manager.store)
     recent_use.count(manager.store, manager.recent, now)
     lingering.note_others(manager, live, promised)
     gpus = manager.gpus.gpus if manager.gpus else None
@@ -35,7 +37,7 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
         gpus=gpus,
         servers=(
             *_running(manager, live, promised, (demands, now)),
-            *lingering.still_held(manager, {row["id"] for row in live}, now),
+            *lingering.still_held(manager, {row.id for row in live}, now),
         ),
         loads=tuple(_waiting(manager, live, demands, now)),
         settings=PlanSettings(
@@ -52,57 +54,57 @@ def snapshot(manager: Manager, demands: list[Demand], now: float) -> Snapshot:
 
 def _running(
     manager: Manager,
-    live: list[Row],
-    promised: Mapping[int, list[Row]],
+    live: list[LiveServer],
+    promised: Mapping[int, list[AssignmentRow]],
     asked: tuple[list[Demand], float],
 ) -> Iterator[RunningServer]:
     demands, now = asked
     wanted = Counter(wish.model_id for wish in demands if wish.kind == "load")
     for row in live:
-        spec = manager.catalog.models.get(row["model_id"])
-        use = manager.recent.uses.get(row["model_id"])
+        spec = manager.catalog.models.get(row.model_id)
+        use = manager.recent.uses.get(row.model_id)
         requests, tokens = recent_use.decayed(use, now) if use else (0.0, 0.0)
         yield RunningServer(
-            server_id=row["id"],
-            model_id=row["model_id"],
-            state=ServerState(row["state"]),
-            holds=_holds(manager, row["pid"], promised.get(row["id"], [])),
+            server_id=row.id,
+            model_id=row.model_id,
+            state=row.state,
+            holds=_holds(manager, row.pid, promised.get(row.id, [])),
             # who waits for a server that is ready is about to use it
-            busy=max(row["leased"], slots_busy(row)) + wanted[row["model_id"]],
+            busy=max(row.leased, slots_busy(row)) + wanted[row.model_id],
             pinned=bool(spec and spec.pinned),
-            created_at=row["created_at"],
-            ready_at=row["ready_at"],
-            last_used_at=row["used_at"],
-            load_s=row["load_s"] or 0.0,
+            created_at=row.created_at,
+            ready_at=row.ready_at,
+            last_used_at=row.used_at,
+            load_s=row.load_s or 0.0,
             recent_requests=requests,
             recent_tokens=tokens,
-            on_cpu_for_want_of_gpu=bool(row["on_cpu_for_want_of_gpu"]),
+            on_cpu_for_want_of_gpu=row.on_cpu_for_want_of_gpu,
         )
 
 
-def _holds(manager: Manager, pid: int | None, parts: list[Row]) -> dict[str, Hold]:
+def _holds(manager: Manager, pid: int | None, parts: list[AssignmentRow]) -> dict[str, Hold]:
     gpus = {gpu.uuid: gpu for gpu in (manager.gpus.gpus if manager.gpus else ())}
     holds = {}
     for part in parts:
-        gpu, reserved = gpus.get(part["gpu_uuid"]), part["reserved_bytes"]
+        gpu, reserved = gpus.get(part.gpu_uuid), part.reserved_bytes
         visible = lingering.visible_bytes(manager, gpu, pid, reserved) if gpu else 0
-        holds[part["gpu_uuid"]] = Hold(reserved_bytes=reserved, visible_bytes=visible)
+        holds[part.gpu_uuid] = Hold(reserved_bytes=reserved, visible_bytes=visible)
     return holds
 
 
-def slots_busy(row: Row) -> int:
+def slots_busy(row: LiveServer) -> int:
     """Return how many requests a server has by its own count, as far as that is news.
 
     What nginx carries has no lease. A count from before the last lease's end is of that lease.
     """
-    news = row["watched_at"] is not None and row["watched_at"] >= row["used_at"]
-    return int(row["slots_busy"] or 0) if news else 0
+    news = row.watched_at is not None and row.watched_at >= row.used_at
+    return row.slots_busy or 0 if news else 0
 
 
 def _waiting(
-    manager: Manager, live: list[Row], demands: list[Demand], now: float
+    manager: Manager, live: list[LiveServer], demands: list[Demand], now: float
 ) -> Iterator[WaitingLoad]:
-    up = {row["model_id"] for row in live}
+    up = {row.model_id for row in live}
     waiting: dict[str, WaitingLoad] = {}
     for model_id, asked_at in _wanted(manager, demands, now):
         if model_id in up:
@@ -142,7 +144,7 @@ def _refuse_unreadable(
         manager.store, ids, now=now, error_code="model_load_failed", message=str(error)
     )
     manager.preload.discard(model_id)
-    server_rows.event(manager.store, now, "load", f"model '{model_id}': {error}", model_id=model_id)
+    events.event(manager.store, now, "load", f"model '{model_id}': {error}", model_id=model_id)
 
 
 def idle_too_long(
@@ -151,16 +153,16 @@ def idle_too_long(
     """Yield model and idle seconds of ready servers past their ttl that nobody uses or wants."""
     wanted = {wish.model_id for wish in demands if wish.kind == "load"}
     for row in server_rows.live_servers(manager.store):
-        spec = manager.catalog.models.get(row["model_id"])
-        idle_s = now - row["used_at"]
+        spec = manager.catalog.models.get(row.model_id)
+        idle_s = now - row.used_at
         if (
-            row["state"] == ServerState.READY
+            row.state == ServerState.READY
             and spec is not None
             and spec.ttl_s
             and not spec.pinned
-            and not row["leased"]
+            and not row.leased
             and not slots_busy(row)
-            and row["model_id"] not in wanted
+            and row.model_id not in wanted
             and idle_s > spec.ttl_s
         ):
-            yield row["model_id"], idle_s
+            yield row.model_id, idle_s

@@ -65,7 +65,7 @@ def ask_about_unknown(manager: Manager) -> None:
 
 def _known(manager: Manager, spec: ModelSpec, key: str) -> bool:
     rows = measurements.of_file(manager.store, file_key(spec), manager.binary.build)
-    return any(row["settings_key"] == key and row["buffers_bytes"] for row in rows)
+    return any(row.settings_key == key and row.buffers_bytes for row in rows)
 
 
 def _roomiest(manager: Manager) -> Gpu | None:

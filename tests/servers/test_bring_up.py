@@ -55,14 +55,14 @@ def test_a_server_stopped_before_its_process_began_leaves_none_behind(tmp_path: 
         [row] = server_rows.live_servers(manager.store)
         assert server_rows.transition(
             manager.store,
-            row["id"],
+            row.id,
             ServerState.STARTING,
             ServerState.STOPPING,
             now=now,
             reason="a full stop",
         )
-        take_down(manager, row["id"])
+        take_down(manager, row.id)
         go_on.set()
     wait_until(lambda: not owned_processes(str(manager.settings.state_dir)), what="no process left")
     assert manager.children == {}
-    assert server_rows.server(manager.store, row["id"])["state"] == ServerState.STOPPED
+    assert server_rows.server(manager.store, row.id).state == ServerState.STOPPED

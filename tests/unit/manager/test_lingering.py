@@ -22,9 +22,11 @@ from smartproxy.manager.lingering import (
 )
 from smartproxy.manager.use import RecentUse
 from smartproxy.planner.ledger import open_ledger
-from smartproxy.planner.types import GpuShare, RunningServer
+from smartproxy.planner.types import RunningServer
 from smartproxy.state import servers as server_rows
+from smartproxy.state.assignments import NewAssignment, assignments
 from smartproxy.state.migrate import create
+from smartproxy.state.server_row import NewServer
 from smartproxy.types import GIB, GpuProcess, GpuSnapshot, ServerState
 from tests.support.worlds import gpu, snapshot
 
@@ -69,24 +71,33 @@ def seen(at: float, used_gb: float, **processes_gb: float | None) -> GpuSnapshot
 
 def loaded(manager: Manager, model_id: str = "m", *, pid: int = OURS) -> int:
     """Return a server of ours with 6 GB promised that has long been ready."""
-    return server_rows.insert_server(
+    server_id = server_rows.insert_server(
         manager.store,
-        {
-            **{"model_id": model_id, "port": 8000 + pid, "api_key": "", "command": "[]"},
-            **{"log_path": "", "settings_key": "", "pid": pid, "ready_at": ENDED_AT - 500},
-        },
-        [GpuShare(uuid="GPU-0", index=0, bytes=6 * GIB)],
+        new_server(model_id, pid),
+        [NewAssignment(gpu_uuid="GPU-0", gpu_index=0, estimated_bytes=6 * GIB)],
         now=ENDED_AT - 510,
         reason="a test",
+    )
+    server_rows.update_server(manager.store, server_id, ready_at=ENDED_AT - 500)
+    return server_id
+
+
+def new_server(model_id: str, pid: int) -> NewServer:
+    return NewServer(
+        model_id=model_id,
+        port=8000 + pid,
+        api_key="",
+        command="[]",
+        log_path="",
+        settings_key="",
+        pid=pid,
     )
 
 
 def look(manager: Manager, seen: GpuSnapshot) -> None:
     """Do what a pass of the manager does with a new look."""
     manager.gpus = seen
-    note_others(
-        manager, server_rows.live_servers(manager.store), server_rows.assignments(manager.store)
-    )
+    note_others(manager, server_rows.live_servers(manager.store), assignments(manager.store))
 
 
 def ended(manager: Manager, *looks: GpuSnapshot) -> int:
@@ -184,10 +195,7 @@ def test_a_server_on_the_cpu_leaves_nothing_to_wait_for(manager: Manager) -> Non
     manager.gpus = seen(ENDED_AT - 1, 0)
     server_id = server_rows.insert_server(
         manager.store,
-        {
-            **{"model_id": "m", "port": 8080, "api_key": "", "command": "[]", "log_path": ""},
-            "settings_key": "",
-        },
+        new_server("m", OURS),
         [],
         now=ENDED_AT - 510,
         reason="a test",
