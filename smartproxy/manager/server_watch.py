@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from smartproxy.manager.context import Manager
+from smartproxy.manager.context import Tools
 from smartproxy.state import servers as server_rows
 from smartproxy.state.server_row import LiveServer, ServerColumns
 from smartproxy.types import ServerState
@@ -23,15 +23,15 @@ METRIC = re.compile(r"^llamacpp:(\w+) ([-+.eE\d]+)$", re.M)
 LOG_LIMIT_BYTES = 64 << 20
 
 
-def watch(manager: Manager) -> None:
+def watch(tools: Tools) -> None:
     """Write what every ready server says of itself; one that does not answer keeps its last."""
-    ready = [r for r in server_rows.live_servers(manager.store) if r.state == ServerState.READY]
+    ready = [r for r in server_rows.live_servers(tools.store) if r.state == ServerState.READY]
     if not ready:
         return
     with ThreadPoolExecutor(max_workers=min(8, len(ready))) as pool:
         for row, seen in zip(ready, pool.map(_ask, ready), strict=True):
             if seen:
-                server_rows.update_server(manager.store, row.id, **seen)
+                server_rows.update_server(tools.store, row.id, **seen)
 
 
 def _ask(row: LiveServer) -> ServerColumns:
@@ -76,10 +76,10 @@ def _columns(
     return seen
 
 
-def trim_logs(manager: Manager, keep: int = 100) -> None:
+def trim_logs(tools: Tools, keep: int = 100) -> None:
     """Cut logs that grew too long and delete all but the newest of ended servers."""
-    logs = sorted(manager.log_dir.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    live = {row.log_path for row in server_rows.live_servers(manager.store)}
+    logs = sorted(tools.log_dir.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    live = {row.log_path for row in server_rows.live_servers(tools.store)}
     for path in logs[:-keep]:
         if str(path) not in live:
             path.unlink(missing_ok=True)
