@@ -151,6 +151,17 @@ class UnknownCacheType(SmartProxyError):
     """A KV cache type that llama.cpp does not have."""
 
 
+class StateError(Exception):
+    """The state file can't be read or written.
+
+    No answer to a request: who reads or writes for one says what that means for it.
+    """
+
+
+class StateRefused(StateError):
+    """A rule of the state file refused a row: its model or port has a live server already."""
+
+
 #: errors that the manager answers a load with, by the code stored in the state file
 BY_CODE: dict[str, type[SmartProxyError]] = {
     error.code: error

@@ -18,7 +18,7 @@ from smartproxy.config.load import load_settings
 from smartproxy.entities import GPU, GPUProcess
 from smartproxy.errors import ManagerDown
 from smartproxy.proxy.pages import view
-from smartproxy.state import servers as server_rows
+from smartproxy.state.manager_row import manager_row
 from smartproxy.state.store import Store
 
 HEADERS = ("gpu", "name", "state", "used GB", "free GB", "total GB", "util %", "°C", "W", "models")
@@ -35,13 +35,13 @@ def gpus_command(config: Path | None, state_dir: Path | None, processes: bool) -
         raise ManagerDown(f"no state file {path}: has `smartproxy serve` run with this state_dir?")
     store = Store(path)
     try:
-        pool, manager = view.pool(store, settings), server_rows.manager_row(store)
+        pool, manager = view.pool(store, settings), manager_row(store)
     finally:
         store.close()
     click.echo(gpu_table(pool.gpu_list) if pool.gpu_list else "no GPUs: models run on the CPU")
     if processes and pool.gpu_list:
         click.echo("\n" + process_table(pool.gpu_list))
-    click.echo("\n" + age_line(pool.observed_at, manager["mode_reason"], now=time.time()))
+    click.echo("\n" + age_line(pool.observed_at, manager.mode_reason, now=time.time()))
 
 
 def gpu_table(gpus: Sequence[GPU]) -> str:

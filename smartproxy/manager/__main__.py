@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,14 +32,22 @@ from smartproxy.manager import measure, needs, unknown_models
 from smartproxy.manager import use as recent_use
 from smartproxy.manager.act import stop_all
 from smartproxy.manager.adopt import adopt_all
-from smartproxy.manager.context import Manager
+from smartproxy.manager.bring_up import Loading
+from smartproxy.manager.children import Children
+from smartproxy.manager.context import Preload, Tools
 from smartproxy.manager.doorbell import Doorbell
-from smartproxy.manager.gpu_watch import Watcher
+from smartproxy.manager.failures import Failures
+from smartproxy.manager.gpu_watch import GpuView, Watcher
+from smartproxy.manager.lingering import Lingering
 from smartproxy.manager.server_watch import trim_logs, watch
-from smartproxy.manager.tick import tick
+from smartproxy.manager.shortage import Shortages
+from smartproxy.manager.snapshot import Sources
+from smartproxy.manager.tick import Manager, Pass, tick
 from smartproxy.state import demands as demand_rows
-from smartproxy.state import measurements, migrate
+from smartproxy.state import events, leases, measurements, migrate
 from smartproxy.state import servers as server_rows
+from smartproxy.state.manager_row import update_manager
+from smartproxy.state.store import Store
 
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
@@ -99,48 +108,70 @@ def _run(settings: Settings) -> int:
     if complaint:
         logger.warning("%s", complaint)
     doorbell = Doorbell(settings.state_dir / "manager.sock")
-    manager = Manager(
+    tools = Tools(
         settings=settings,
         catalog=catalog,
         store=state,
         binary=binary.inspect(path, library_dir, os.environ),
         threads=ThreadPoolExecutor(max_workers=128, thread_name_prefix="server"),
         poke=doorbell.poke,
-        recent=recent_use.load(state, time.time()),
-        preload={spec.id for spec in catalog.models.values() if spec.preload},
+        stopping=threading.Event(),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stopper(manager))
-    return _serve(manager, doorbell)
+        signal.signal(number, _stopper(tools))
+    return _serve(make_manager(tools), doorbell)
 
 
-def _stopper(manager: Manager) -> Callable[[int, FrameType | None], None]:
+def make_manager(tools: Tools) -> Manager:
+    """Return a manager that knows only what the state file says."""
+    view = GpuView(tools.poke)
+    lingering = Lingering(tools.store, view)
+    preload = Preload(spec.id for spec in tools.catalog.models.values() if spec.preload)
+    shortages = Shortages(preload)
+    loading = Loading(
+        tools=tools,
+        children=Children(),
+        lingering=lingering,
+        view=view,
+        failures=Failures(),
+        shortages=shortages,
+    )
+    sources = Sources(
+        tools=tools,
+        view=view,
+        lingering=lingering,
+        shortages=shortages,
+        recent=recent_use.load(tools.store, time.time()),
+    )
+    return Manager(tools=tools, loading=loading, sources=sources)
+
+
+def _stopper(tools: Tools) -> Callable[[int, FrameType | None], None]:
     def stop(_number: int, _frame: FrameType | None) -> None:
-        manager.stopping.set()
-        manager.poke()
+        tools.stopping.set()
+        tools.poke()
 
     return stop
 
 
 def _serve(manager: Manager, doorbell: Doorbell) -> int:
-    server_rows.update_manager(
-        manager.store,
-        {
-            "pid": os.getpid(),
-            "started_at": time.time(),
-            "heartbeat_at": time.time(),
-            "stopping": 0,
-            "llama_server": str(manager.binary.path),
-            "build": manager.binary.build,
-        },
+    tools = manager.tools
+    update_manager(
+        tools.store,
+        pid=os.getpid(),
+        started_at=time.time(),
+        heartbeat_at=time.time(),
+        stopping=False,
+        llama_server=str(tools.binary.path),
+        build=tools.binary.build,
     )
     logger.info(
         "manager up pid=%d models=%d llama-server=%s (%s)",
-        *(os.getpid(), len(manager.catalog.models)),
-        *(manager.binary.path, manager.binary.build),
+        *(os.getpid(), len(tools.catalog.models)),
+        *(tools.binary.path, tools.binary.build),
     )
-    adopt_all(manager)
-    watcher = Watcher(manager)
+    adopt_all(manager.loading)
+    watcher = Watcher(tools, manager.loading.view)
     scheduler = _schedule(manager, watcher)
     try:
         code = _loop(manager, doorbell, scheduler)
@@ -158,29 +189,33 @@ def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
     scheduler = BackgroundScheduler(
         job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
     )
-    poll_s = manager.settings.gpu_poll_interval
+    tools, view = manager.tools, manager.loading.view
+    poll_s = tools.settings.gpu_poll_interval
     scheduler.add_job(
         _look,
         "interval",
-        [manager, watcher],
+        [tools, view, watcher],
         seconds=poll_s,
         id="look",
         next_run_time=_now(),
     )
-    scheduler.add_job(_heartbeat, "interval", [manager], seconds=HEARTBEAT_S)
-    scheduler.add_job(watch, "interval", [manager], seconds=2)
-    scheduler.add_job(_tidy, "interval", [manager], seconds=60)
-    scheduler.add_job(needs.publish_models, args=[manager])
-    scheduler.add_job(unknown_models.ask_about_unknown, "interval", [manager], seconds=10)
+    scheduler.add_job(_heartbeat, "interval", [tools.store], seconds=HEARTBEAT_S)
+    scheduler.add_job(watch, "interval", [tools], seconds=2)
+    scheduler.add_job(_tidy, "interval", [tools], seconds=60)
+    scheduler.add_job(needs.publish_models, args=[tools])
+    asked: set[str] = set()
+    scheduler.add_job(
+        unknown_models.ask_about_unknown, "interval", [tools, view, asked], seconds=10
+    )
     # it warns of every look that a slow driver makes it skip
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     scheduler.start()
     return scheduler
 
 
-def _look(manager: Manager, watcher: Watcher) -> None:
+def _look(tools: Tools, view: GpuView, watcher: Watcher) -> None:
     watcher.look()
-    measure.sample(manager)
+    measure.sample(tools, view)
 
 
 def _now() -> datetime:
@@ -188,39 +223,39 @@ def _now() -> datetime:
 
 
 def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) -> int:
-    soon = False
-    while not manager.stopping.is_set():
+    tools, view = manager.tools, manager.loading.view
+    done = Pass(waiting=False, decision_s=0.0)
+    while not tools.stopping.is_set():
         # servers live on; the next manager makes the file anew and finds them
-        if not manager.store.path.exists() or manager.store.moved():
-            logger.error("state file %s vanished: starting anew", manager.store.path)
+        if not tools.store.path.exists() or tools.store.moved():
+            logger.error("state file %s vanished: starting anew", tools.store.path)
             return EXIT_STATE_LOST
         try:
-            soon = tick(manager, time.time())
+            done = tick(manager, time.time())
         except Exception:  # the tick boundary: one bad pass must not take the servers down
             logger.exception("tick failed")
-            soon = False
-        doorbell.watch(manager.children)
+            done = Pass(waiting=False, decision_s=0.0)
+        doorbell.watch(manager.loading.children.snapshot())
         # many waiting models make decisions long: they get a part of the time, not all of it
-        pause_s = max(WAITING_TICK_S, 4 * manager.decision_s) if soon else IDLE_TICK_S
+        pause_s = max(WAITING_TICK_S, 4 * done.decision_s) if done.waiting else IDLE_TICK_S
         said = doorbell.wait(min(pause_s, IDLE_TICK_S))
         if b"look" in said:
-            manager.look_at_gpus()
-        if manager.look_wanted.is_set():
-            manager.look_wanted.clear()
+            view.want_look()
+        if view.take_wanted():
             scheduler.modify_job("look", next_run_time=_now())
     logger.info("stopping")
-    server_rows.update_manager(manager.store, {"stopping": 1})
-    _refuse_all(manager)
-    stop_all(manager, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
-    server_rows.update_manager(manager.store, {"pid": None, "heartbeat_at": None})
+    update_manager(tools.store, stopping=True)
+    _refuse_all(tools.store)
+    stop_all(manager.loading, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
+    update_manager(tools.store, pid=None, heartbeat_at=None)
     logger.info("stopped")
     return 0
 
 
-def _refuse_all(manager: Manager) -> None:
-    ids = [wish.id for wish in demand_rows.open_demands(manager.store)]
+def _refuse_all(store: Store) -> None:
+    ids = [wish.id for wish in demand_rows.open_demands(store)]
     demand_rows.answer(
-        manager.store,
+        store,
         ids,
         now=time.time(),
         error_code="shutting_down",
@@ -228,17 +263,18 @@ def _refuse_all(manager: Manager) -> None:
     )
 
 
-def _heartbeat(manager: Manager) -> None:
+def _heartbeat(store: Store) -> None:
     now = time.time()
-    server_rows.update_manager(manager.store, {"heartbeat_at": now})
-    dead = [name for name in demand_rows.workers_seen(manager.store) if not worker_alive(name)]
-    demand_rows.clear_expired(manager.store, now=now, dead_workers=dead)
+    update_manager(store, heartbeat_at=now)
+    dead = [name for name in leases.workers_seen(store) if not worker_alive(name)]
+    leases.clear_expired(store, now=now, dead_workers=dead)
 
 
-def _tidy(manager: Manager) -> None:
-    server_rows.prune(manager.store, now=time.time())
-    measurements.prune(manager.store)
-    trim_logs(manager)
+def _tidy(tools: Tools) -> None:
+    server_rows.prune(tools.store, now=time.time())
+    events.prune(tools.store)
+    measurements.prune(tools.store)
+    trim_logs(tools)
 
 
 if __name__ == "__main__":

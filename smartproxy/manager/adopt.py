@@ -6,60 +6,58 @@ When the state file was lost, servers are found by the mark in their environment
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from itertools import pairwise
-from typing import Any
 
 import psutil
 
+from smartproxy.errors import StateRefused
 from smartproxy.lifetime import OWNER_VARIABLE, owned_processes
 from smartproxy.llama import process
 from smartproxy.manager import measure
-from smartproxy.manager.act import in_thread
 from smartproxy.manager.bring_down import drain, take_down
-from smartproxy.manager.bring_up import resume
-from smartproxy.manager.context import Manager
+from smartproxy.manager.bring_up import Loading, resume
+from smartproxy.manager.context import Tools, in_thread
 from smartproxy.state import servers as server_rows
-from smartproxy.state.store import Row
+from smartproxy.state.server_row import LiveServer, NewServer, ServerColumns
 from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
 
 
-def adopt_all(manager: Manager) -> None:
+def adopt_all(loading: Loading) -> None:
     """Bring rows and processes together again."""
-    for row in server_rows.live_servers(manager.store):
-        child = process.adopt(row["pid"], row["pid_started_at"])
+    tools = loading.tools
+    for row in server_rows.live_servers(tools.store):
+        child = process.adopt(row.pid, row.pid_started_at)
         if child is None:
-            _settle_dead(manager, row)
+            _settle_dead(tools, row)
         else:
-            manager.children[row["id"]] = child
-            _go_on(manager, row)
-    known = {child.pid for child in manager.children.values()}
-    for found in owned_processes(str(manager.settings.state_dir)):
+            loading.children.add(row.id, child)
+            _go_on(loading, row)
+    known = {child.pid for child in loading.children.snapshot().values()}
+    for found in owned_processes(str(tools.settings.state_dir)):
         if found.pid not in known:
-            _adopt_unknown(manager, found)
+            _adopt_unknown(loading, found)
 
 
-def _go_on(manager: Manager, row: Row) -> None:
-    state, spec = ServerState(row["state"]), manager.catalog.models.get(row["model_id"])
-    logger.info(
-        "adopted server %d pid=%d state=%s model=%s", row["id"], row["pid"], state, row["model_id"]
-    )
+def _go_on(loading: Loading, row: LiveServer) -> None:
+    tools = loading.tools
+    state, spec = row.state, tools.catalog.models.get(row.model_id)
+    logger.info("adopted server %d pid=%d state=%s model=%s", row.id, row.pid, state, row.model_id)
     if state == ServerState.STARTING and spec is not None:
-        in_thread(manager, resume, manager, row["id"], spec)
+        in_thread(tools, resume, loading, row.id, spec)
     elif state == ServerState.READY:
-        in_thread(manager, measure.after_load, manager, row["id"])
+        in_thread(tools, measure.after_load, tools, loading.view, row.id)
     elif state == ServerState.DRAINING:
-        in_thread(manager, drain, manager, row["id"])
+        in_thread(tools, drain, loading, row.id)
     elif state == ServerState.STOPPING:
-        in_thread(manager, take_down, manager, row["id"])
+        in_thread(tools, take_down, loading, row.id)
 
 
-def _settle_dead(manager: Manager, row: Row) -> None:
+def _settle_dead(tools: Tools, row: LiveServer) -> None:
     """A process that ended while nobody watched: its row ends too."""
-    state, now = ServerState(row["state"]), time.time()
+    state, now = row.state, time.time()
     reason = "it ended while no manager was running"
     if state == ServerState.STARTING:
         # no failure of the model: who waits for it gets a new start
@@ -67,62 +65,57 @@ def _settle_dead(manager: Manager, row: Row) -> None:
             (ServerState.STARTING, ServerState.STOPPING),
             (ServerState.STOPPING, ServerState.STOPPED),
         ):
-            server_rows.transition(manager.store, row["id"], before, after, now=now, reason=reason)
+            server_rows.transition(tools.store, row.id, before, after, now=now, reason=reason)
         return
     after = ServerState.STOPPED if state == ServerState.STOPPING else ServerState.FAILED
-    columns = (
-        {}
-        if after == ServerState.STOPPED
-        else {
-            "error_code": "backend_failed",
-            "error_message": f"model '{row['model_id']}': {reason}",
-        }
-    )
-    server_rows.transition(
-        manager.store, row["id"], state, after, now=now, reason=reason, columns=columns
-    )
+    error: ServerColumns = {}
+    if after == ServerState.FAILED:
+        message = f"model '{row.model_id}': {reason}"
+        error = {"error_code": "backend_failed", "error_message": message}
+    server_rows.transition(tools.store, row.id, state, after, now=now, reason=reason, **error)
 
 
-def _adopt_unknown(manager: Manager, found: psutil.Process) -> None:
+def _adopt_unknown(loading: Loading, found: psutil.Process) -> None:
     """A server of ours without a row: the state file was lost. Take it in, or end it."""
+    tools = loading.tools
     try:
-        columns = _columns_of(manager, found)
+        new = _new_server(tools, found)
     except (psutil.Error, KeyError, ValueError, IndexError):
-        columns = None
+        new = None
     child = process.adopt(found.pid, found.create_time())
     if child is None:
         return
-    if columns is None or columns["model_id"] not in manager.catalog.models:
+    if new is None or new.model_id not in tools.catalog.models:
         logger.warning("ending pid %d: a server of ours that can't be adopted", found.pid)
         process.stop(child)
         return
     try:
         server_id = server_rows.insert_server(
-            manager.store, columns, [], now=time.time(), reason="adopted: its row was lost"
+            tools.store, new, [], now=time.time(), reason="adopted: its row was lost"
         )
-    except sqlite3.IntegrityError:
+    except StateRefused:
         process.stop(child)
         return
-    manager.children[server_id] = child
-    spec = manager.catalog.models[columns["model_id"]]
-    in_thread(manager, resume, manager, server_id, spec)
+    loading.children.add(server_id, child)
+    spec = tools.catalog.models[new.model_id]
+    in_thread(tools, resume, loading, server_id, spec)
 
 
-def _columns_of(manager: Manager, found: psutil.Process) -> dict[str, Any]:
+def _new_server(tools: Tools, found: psutil.Process) -> NewServer:
     """Read what a row needs from a server's command line and environment."""
     argv, env = found.cmdline(), found.environ()
     flag = {name: value for name, value in pairwise(argv) if name.startswith("--")}
-    assert env[OWNER_VARIABLE] == str(manager.settings.state_dir)
-    return {
-        "model_id": flag["--alias"],
-        "port": int(flag["--port"]),
-        "api_key": env["LLAMA_API_KEY"],
-        "command": "[]",
-        "log_path": str(manager.log_dir / f"adopted-{found.pid}.log"),
-        "settings_key": "",
-        "pid": found.pid,
-        "pid_started_at": found.create_time(),
-        "context_size": int(flag["--ctx-size"]),
-        "parallel": int(flag["--parallel"]),
-        "gpu_layers": int(flag["--n-gpu-layers"]),
-    }
+    assert env[OWNER_VARIABLE] == str(tools.settings.state_dir)
+    return NewServer(
+        model_id=flag["--alias"],
+        port=int(flag["--port"]),
+        api_key=env["LLAMA_API_KEY"],
+        command="[]",
+        log_path=str(tools.log_dir / f"adopted-{found.pid}.log"),
+        settings_key="",
+        pid=found.pid,
+        pid_started_at=found.create_time(),
+        context_size=int(flag["--ctx-size"]),
+        parallel=int(flag["--parallel"]),
+        gpu_layers=int(flag["--n-gpu-layers"]),
+    )

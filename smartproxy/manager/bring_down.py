@@ -6,12 +6,14 @@ Input: a row in state draining or stopping. Output: the row in stopped.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import requests
 
 from smartproxy.llama import process
-from smartproxy.manager import lingering
-from smartproxy.manager.context import Manager
+from smartproxy.manager.children import Children
+from smartproxy.manager.context import Tools
+from smartproxy.manager.lingering import Lingering
 from smartproxy.state import servers as server_rows
 from smartproxy.types import ServerState
 
@@ -19,49 +21,60 @@ DRAIN_LOOK_EVERY_S = 0.02
 SLOTS_TIMEOUT_S = 2.0
 
 
-def drain(manager: Manager, server_id: int, *, only_if_idle: bool = False) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """What it takes to end servers."""
+
+    tools: Tools
+    children: Children
+    lingering: Lingering
+
+
+def drain(ending: Ending, server_id: int, *, only_if_idle: bool = False) -> None:
     """Wait until nothing is in flight on a draining server, then end it.
 
     only_if_idle: what turns out to be in use stays; who wanted its place chooses anew.
     """
     while True:
         row = next(
-            (r for r in server_rows.live_servers(manager.store) if r["id"] == server_id), None
+            (r for r in server_rows.live_servers(ending.tools.store) if r.id == server_id), None
         )
-        if row is None or row["state"] != ServerState.DRAINING:
+        if row is None or row.state != ServerState.DRAINING:
             return  # it died, or a full stop took over
         # leases are ours; what nginx carries only the server itself knows
-        slots = slots_busy(row["port"], row["api_key"])
-        if not row["leased"] and not slots:
+        slots = slots_busy(row.port, row.api_key)
+        if not row.leased and not slots:
             break
         if only_if_idle:
-            _keep(manager, server_id, slots)
+            _keep(ending.tools, server_id, slots)
             return
         time.sleep(DRAIN_LOOK_EVERY_S)
     if server_rows.transition(
-        manager.store,
+        ending.tools.store,
         server_id,
         ServerState.DRAINING,
         ServerState.STOPPING,
         now=time.time(),
         reason="drained",
     ):
-        take_down(manager, server_id)
+        take_down(ending, server_id)
 
 
-def _keep(manager: Manager, server_id: int, slots: int) -> None:
+def _keep(tools: Tools, server_id: int, slots: int) -> None:
     """Take a server back that was in use after all; the next decision sees its slots."""
     now = time.time()
     server_rows.transition(
-        manager.store,
+        tools.store,
         server_id,
         ServerState.DRAINING,
         ServerState.READY,
         now=now,
         reason="kept: it was in use after all",
-        columns={"slots_busy": slots, "watched_at": now, "last_used_at": now},
+        slots_busy=slots,
+        watched_at=now,
+        last_used_at=now,
     )
-    manager.poke()
+    tools.poke()
 
 
 def slots_busy(port: int, api_key: str) -> int:
@@ -77,23 +90,23 @@ def slots_busy(port: int, api_key: str) -> int:
         return 0
 
 
-def take_down(manager: Manager, server_id: int, grace_s: float = process.TERM_GRACE_S) -> None:
+def take_down(ending: Ending, server_id: int, grace_s: float = process.TERM_GRACE_S) -> None:
     """End the process of a row in state stopping and carry it to stopped.
 
     grace_s: from the first TERM to the second, which ends requests in flight too.
     """
-    child = manager.children.get(server_id)
+    child = ending.children.get(server_id)
     began = time.monotonic()
     said = process.stop(child, grace_s=grace_s) if child is not None else "it had no process"
-    lingering.note_end(manager, server_id, time.time())
+    ending.lingering.note_end(server_id, time.time())
     server_rows.transition(
-        manager.store,
+        ending.tools.store,
         server_id,
         ServerState.STOPPING,
         ServerState.STOPPED,
         now=time.time(),
         reason=f"{said}, {time.monotonic() - began:.2f} s",
-        columns={"exit_code": child.exit_code() if child else None},
+        exit_code=child.exit_code() if child else None,
     )
-    manager.children.pop(server_id, None)
-    manager.poke()
+    ending.children.take(server_id)
+    ending.tools.poke()

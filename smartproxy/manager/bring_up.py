@@ -16,21 +16,26 @@ from pathlib import Path
 import psutil
 
 from smartproxy.catalog.catalog import ModelSpec
-from smartproxy.config.settings import SPARE_PORTS, span
+from smartproxy.config.settings import SPARE_PORTS, Settings, span
 from smartproxy.errors import LoadFailed, LoadTimeout, SmartProxyError
 from smartproxy.llama import out_of_memory, process
 from smartproxy.llama.command import command, environment
 from smartproxy.llama.devices import device_names
 from smartproxy.llama.out_of_memory import Lacking
 from smartproxy.llama.process import Child
-from smartproxy.manager import lingering, measure, shortage
-from smartproxy.manager.context import Manager
+from smartproxy.manager import measure, shortage
+from smartproxy.manager.bring_down import Ending
+from smartproxy.manager.context import Tools
+from smartproxy.manager.failures import Failures
+from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.served import loaded_of
-from smartproxy.manager.shortage import OutOfGpuMemory
+from smartproxy.manager.shortage import Death, OutOfGpuMemory, Shortages
 from smartproxy.planner.reasons import gb
 from smartproxy.planner.types import Placement
 from smartproxy.state import servers as server_rows
-from smartproxy.state.store import Row
+from smartproxy.state.assignments import assignments
+from smartproxy.state.server_row import ServerRow
+from smartproxy.state.store import Store
 from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
@@ -49,141 +54,158 @@ PROGRESS_EVERY_S = 0.5
 PORT_TRIES = 5
 
 
-def bring_up(manager: Manager, server_id: int, spec: ModelSpec, placement: Placement) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading(Ending):
+    """What it takes to start servers: all that ending one takes, and what is learned of a load."""
+
+    view: GpuView
+    failures: Failures
+    shortages: Shortages
+
+
+def bring_up(loading: Loading, server_id: int, spec: ModelSpec, placement: Placement) -> None:
     """Start the server of a row in state starting and carry it to ready or failed."""
     try:
-        loaded = loaded_of(manager.store, spec)
-        measure.expect(manager, server_id, placement, spec=spec, loaded=loaded)
-        _start_and_wait(manager, server_id, spec, placement)
+        loaded = loaded_of(loading.tools.store, spec)
+        measure.expect(loading.tools, server_id, placement, spec=spec, loaded=loaded)
+        _start_and_wait(loading, server_id, spec, placement)
     except OutOfGpuMemory as error:
-        _out_of_memory(manager, server_id, spec, error)
+        _out_of_memory(loading, server_id, spec, error)
     except SmartProxyError as error:
-        _failed(manager, server_id, spec.id, error)
+        _failed(loading, server_id, spec.id, error)
     except OSError as error:
-        _failed(manager, server_id, spec.id, LoadFailed(f"model '{spec.id}': {error}"))
+        _failed(loading, server_id, spec.id, LoadFailed(f"model '{spec.id}': {error}"))
     else:
-        measure.after_load(manager, server_id)
+        measure.after_load(loading.tools, loading.view, server_id)
     finally:
-        manager.poke()
+        loading.tools.poke()
 
 
-def resume(manager: Manager, server_id: int, spec: ModelSpec) -> None:
+def resume(loading: Loading, server_id: int, spec: ModelSpec) -> None:
     """Go on waiting for a server that an earlier manager started."""
     try:
-        _await_ready(manager, server_id, spec)
+        _await_ready(loading, server_id, spec)
     except OutOfGpuMemory as error:
-        _out_of_memory(manager, server_id, spec, error)
+        _out_of_memory(loading, server_id, spec, error)
     except SmartProxyError as error:
-        _failed(manager, server_id, spec.id, error)
+        _failed(loading, server_id, spec.id, error)
     else:
-        measure.after_load(manager, server_id)
+        measure.after_load(loading.tools, loading.view, server_id)
     finally:
-        manager.poke()
+        loading.tools.poke()
 
 
-def argv_of(manager: Manager, spec: ModelSpec, placement: Placement, port: int) -> list[str]:
+def argv_of(
+    tools: Tools, view: GpuView, spec: ModelSpec, placement: Placement, *, port: int
+) -> list[str]:
     """Return a server's command line. Raises LoadFailed or MetadataError: why there is none."""
     return command(
-        manager.binary,
+        tools.binary,
         spec,
         placement,
         port=port,
-        loaded=loaded_of(manager.store, spec),
-        devices=_devices(manager, placement),
+        loaded=loaded_of(tools.store, spec),
+        devices=_devices(tools, view, placement),
     )
 
 
-def _devices(manager: Manager, placement: Placement) -> tuple[str, ...]:
-    gpus = manager.gpus.gpus if manager.gpus else ()
-    return device_names(manager.binary.devices, gpus, placement.gpus)
+def _devices(tools: Tools, view: GpuView, placement: Placement) -> tuple[str, ...]:
+    return device_names(tools.binary.devices, view.gpus, placement.gpus)
 
 
 def _start_and_wait(
-    manager: Manager, server_id: int, spec: ModelSpec, placement: Placement
+    loading: Loading, server_id: int, spec: ModelSpec, placement: Placement
 ) -> None:
+    tools, view = loading.tools, loading.view
     for left in reversed(range(PORT_TRIES)):
-        row = server_rows.server(manager.store, server_id)
+        row = server_rows.server(tools.store, server_id)
         child = process.spawn(
-            argv_of(manager, spec, placement, row["port"]),
+            argv_of(tools, view, spec, placement, port=row.port),
             environment(
-                manager.binary,
+                tools.binary,
                 spec,
                 placement,
                 environ=os.environ,
-                api_key=row["api_key"],
-                state_dir=manager.settings.state_dir,
-                devices=_devices(manager, placement),
+                api_key=row.api_key,
+                state_dir=tools.settings.state_dir,
+                devices=_devices(tools, view, placement),
             ),
-            Path(row["log_path"]),
+            Path(row.log_path),
         )
-        manager.children[server_id] = child
+        loading.children.add(server_id, child)
         server_rows.update_server(
-            manager.store, server_id, {"pid": child.pid, "pid_started_at": child.started_at}
+            tools.store, server_id, pid=child.pid, pid_started_at=child.started_at
         )
         # whoever stopped it before the process was there had nothing to end
-        if server_rows.server(manager.store, server_id)["state"] != ServerState.STARTING:
+        if server_rows.server(tools.store, server_id).state != ServerState.STARTING:
             process.stop(child)
-            manager.children.pop(server_id, None)
+            loading.children.take(server_id)
             return
         try:
-            _await_ready(manager, server_id, spec)
+            _await_ready(loading, server_id, spec)
             return
         except PortTaken:
             if left == 0:
                 raise
-            port = free_port(manager, after=row["port"])
-            logger.warning("server %d: port %d is taken, trying %d", server_id, row["port"], port)
-            server_rows.update_server(manager.store, server_id, {"port": port})
+            port = free_port(tools, after=row.port)
+            logger.warning("server %d: port %d is taken, trying %d", server_id, row.port, port)
+            server_rows.update_server(tools.store, server_id, port=port)
 
 
 class PortTaken(LoadFailed):
     """Somebody else listens on the port we chose."""
 
 
-def _await_ready(manager: Manager, server_id: int, spec: ModelSpec) -> None:
-    row = server_rows.server(manager.store, server_id)
-    child, log_path = manager.children[server_id], Path(row["log_path"])
+def _await_ready(loading: Loading, server_id: int, spec: ModelSpec) -> None:
+    tools = loading.tools
+    row = server_rows.server(tools.store, server_id)
+    child, log_path = loading.children.get(server_id), Path(row.log_path)
+    assert child is not None  # started, or adopted, by whoever calls this
     began = time.monotonic()
     progress = Progress(child=child, log_path=log_path, at=began)
-    while not healthy(row["port"]):
+    while not healthy(row.port):
         if not child.alive():
-            raise _why_ended(manager, row, spec.id, child.exit_code())
+            raise _why_ended(tools.store, row, spec.id, child.exit_code())
         now = time.monotonic()
-        _check_deadlines(manager, spec, waited_s=now - began, idle_s=progress.idle_s(now))
+        _check_deadlines(tools.settings, spec, waited_s=now - began, idle_s=progress.idle_s(now))
         every_s = max(FIRST_PROBE_EVERY_S, (now - began) * PROBE_SHARE)
         time.sleep(min(every_s, LAST_PROBE_EVERY_S))
-    load_s = time.time() - row["created_at"]
+    load_s = time.time() - row.created_at
     server_rows.transition(
-        manager.store,
+        tools.store,
         server_id,
         ServerState.STARTING,
         ServerState.READY,
         now=time.time(),
         reason=f"ready after {load_s:.2f} s",
-        columns={"ready_at": time.time(), "load_s": load_s, "last_used_at": time.time()},
+        ready_at=time.time(),
+        load_s=load_s,
+        last_used_at=time.time(),
     )
-    manager.failures.pop(spec.id, None)
-    shortage.settled(manager, spec.id)
+    loading.failures.put_back(spec.id, None)
+    loading.shortages.settled(spec.id)
 
 
-def _why_ended(manager: Manager, row: Row, model_id: str, exit_code: int | None) -> LoadFailed:
+def _why_ended(store: Store, row: ServerRow, model_id: str, exit_code: int | None) -> LoadFailed:
     """Return the error of a server that ended before it was ready."""
-    log = process.tail(Path(row["log_path"]))
+    log = process.tail(Path(row.log_path))
     why = process.explain_exit(exit_code, log)
-    message = f"model '{model_id}' did not load: its llama-server {why} (log: {row['log_path']})"
+    message = f"model '{model_id}' did not load: its llama-server {why} (log: {row.log_path})"
     if process.PORT_TAKEN.search(log):
         return PortTaken(message)
     lacking = out_of_memory.lacking(log)
-    if lacking is Lacking.GPU and server_rows.assignments(manager.store).get(row["id"]):
+    if lacking is Lacking.GPU and assignments(store).get(row.id):
         return OutOfGpuMemory(message, log)
     if lacking is Lacking.HOST:
-        needed, free = row["host_estimated_bytes"] or 0, psutil.virtual_memory().available
+        needed, free = row.host_estimated_bytes or 0, psutil.virtual_memory().available
         message += f"; main memory: {gb(needed)} estimated, {gb(free)} available now"
     return LoadFailed(message)
 
 
-def _check_deadlines(manager: Manager, spec: ModelSpec, *, waited_s: float, idle_s: float) -> None:
-    stall_s = manager.settings.load_stall_timeout
+def _check_deadlines(
+    settings: Settings, spec: ModelSpec, *, waited_s: float, idle_s: float
+) -> None:
+    stall_s = settings.load_stall_timeout
     if idle_s > stall_s:
         raise LoadTimeout(
             f"model '{spec.id}' made no progress for {idle_s:.0f} s while loading"
@@ -239,14 +261,14 @@ def healthy(port: int) -> bool:
     return READY.match(said) is not None
 
 
-def free_port(manager: Manager, *, after: int | None = None) -> int:
+def free_port(tools: Tools, *, after: int | None = None) -> int:
     """Return a port of the pool's that no live server has and nobody listens on.
 
     after: the port tried last: those above it come first, then those below. Raises
     LoadFailed where all are taken.
     """
-    pool = manager.settings.server_pool
-    ours = {row["port"] for row in server_rows.live_servers(manager.store)}
+    pool = tools.settings.server_pool
+    ours = {row.port for row in server_rows.live_servers(tools.store)}
     above = [port for port in pool.ports if after is not None and port > after]
     below = [port for port in pool.ports if after is None or port < after]
     for port in (*above, *below):
@@ -271,37 +293,36 @@ def _bindable(port: int) -> bool:
 
 
 def _out_of_memory(
-    manager: Manager, server_id: int, spec: ModelSpec, error: OutOfGpuMemory
+    loading: Loading, server_id: int, spec: ModelSpec, error: OutOfGpuMemory
 ) -> None:
     """Have the load tried once more, or carry it to failed with the numbers."""
-    manager.children.pop(server_id, None)
-    lingering.note_end(manager, server_id, time.time())
-    if not shortage.try_again(manager, server_id, spec, error):
-        text = f"{error}; {shortage.numbers(manager, server_id)}; it was the second try"
-        _failed(manager, server_id, spec.id, LoadFailed(text))
+    loading.children.take(server_id)
+    loading.lingering.note_end(server_id, time.time())
+    tools, death = loading.tools, Death(server_id=server_id, spec=spec, error=error)
+    if not shortage.try_again(tools, loading.shortages, loading.lingering, death):
+        numbers = shortage.numbers(tools.store, loading.view, server_id)
+        text = f"{error}; {numbers}; it was the second try"
+        _failed(loading, server_id, spec.id, LoadFailed(text))
 
 
-def _failed(manager: Manager, server_id: int, model_id: str, error: SmartProxyError) -> None:
+def _failed(loading: Loading, server_id: int, model_id: str, error: SmartProxyError) -> None:
     """Carry a server that would not start to failed; its process, if any, is ended first."""
-    child = manager.children.pop(server_id, None)
+    child = loading.children.take(server_id)
     if child is not None:
         process.stop(child, grace_s=1.0)
-        lingering.note_end(manager, server_id, time.time())
+        loading.lingering.note_end(server_id, time.time())
     # first, for once the row is no live one the next pass looks here for why not to start another
-    before = manager.failures.get(model_id)
-    manager.failed(model_id, error.code, str(error))
+    before = loading.failures.add(model_id, error.code, str(error))
     moved = server_rows.transition(
-        manager.store,
+        loading.tools.store,
         server_id,
         ServerState.STARTING,
         ServerState.FAILED,
         now=time.time(),
         reason=str(error),
-        columns={
-            "error_code": error.code,
-            "error_message": str(error),
-            "exit_code": child.exit_code() if child else None,
-        },
+        error_code=error.code,
+        error_message=str(error),
+        exit_code=child.exit_code() if child else None,
     )
     if not moved:  # it was being stopped on purpose: no failure
-        manager.forget_failure(model_id, before)
+        loading.failures.put_back(model_id, before)

@@ -1,68 +1,31 @@
-"""What the manager holds in memory. Everything that must outlive it is in the state file."""
+"""What the whole manager works with. What changes has an owner beside its writers:
+
+children.py, failures.py, gpu_watch.py (GpuView), lingering.py, shortage.py, use.py. Everything that
+must outlive the manager is in the state file.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from smartproxy.catalog.catalog import Catalog
 from smartproxy.config.settings import Settings
 from smartproxy.llama.binary import Binary
-from smartproxy.llama.process import Child
-from smartproxy.manager.use import RecentUse
-from smartproxy.planner.types import RunningServer
 from smartproxy.state.store import Store
-from smartproxy.types import GpuSnapshot
 
-FIRST_BACKOFF_S = 1.0
-LONGEST_BACKOFF_S = 60.0
-#: seconds between two looks at the GPUs that are asked for beside the regular ones
-LOOK_EVERY_S = 0.1
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """A load that failed: requests within the back-off get the same answer at once."""
+class Tools:
+    """What stays the same while the manager runs. Any thread may use it."""
 
-    code: str
-    message: str
-    at: float
-    times: int
-
-    def holds(self, now: float) -> bool:
-        """Return whether the back-off still runs; it doubles with every failure in a row."""
-        pause_s: float = min(FIRST_BACKOFF_S * 2 ** (self.times - 1), LONGEST_BACKOFF_S)
-        return now < self.at + pause_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """A server whose process has ended, as long as its memory is not back (freed.py)."""
-
-    #: in state stopping, its holds as they were promised
-    server: RunningServer
-    pid: int | None
-    at: float
-    #: by GPU uuid, where NVML never showed its process: bytes used when its memory is back
-    used_at_most: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shortage:
-    """A model that ran out of GPU memory while loading (shortage.py)."""
-
-    #: what it needs of each GPU beyond its estimate
-    raised_bytes: int
-    #: a load that died of it is being tried once more
-    trying_again: bool
-
-
-@dataclass(slots=True, kw_only=True)
-class Manager:
     settings: Settings
     catalog: Catalog
     store: Store
@@ -71,55 +34,46 @@ class Manager:
     threads: ThreadPoolExecutor
     #: wakes the main loop
     poke: Callable[[], None]
-    recent: RecentUse
-    #: None until looked at once
-    gpus: GpuSnapshot | None = None
-    children: dict[int, Child] = field(default_factory=dict)
-    failures: dict[str, Failure] = field(default_factory=dict)
-    #: models to load without being asked; taken out once tried
-    preload: set[str] = field(default_factory=set)
-    #: settings that llama-fit-params was asked about (fit_params.py)
-    asked: set[str] = field(default_factory=set)
-    stopping: threading.Event = field(default_factory=threading.Event)
-    #: set: the GPUs are to be looked at now, not when their turn comes
-    look_wanted: threading.Event = field(default_factory=threading.Event)
-    look_asked_at: float = 0.0
-    #: by uuid of a GPU in error: when it was first seen so
-    failing_since: dict[str, float] = field(default_factory=dict)
-    #: servers whose memory is not back yet, by id
-    ended: dict[int, Ended] = field(default_factory=dict)
-    #: by GPU uuid: bytes used that are no listed process's and none of ours; and the last look
-    #: that was considered for it
-    unclaimed_bytes: dict[str, int] = field(default_factory=dict)
-    others_at: GpuSnapshot | None = None
-    #: pids of ours of which NVML has told memory
-    shown_pids: set[int] = field(default_factory=set)
-    #: models that ran out of GPU memory while loading
-    shortages: dict[str, Shortage] = field(default_factory=dict)
-    #: seconds that the last decision took
-    decision_s: float = 0.0
+    #: set once, by the signal handler: the manager is ending
+    stopping: threading.Event
 
     @property
     def log_dir(self) -> Path:
         return self.settings.state_dir / "logs"
 
-    def look_at_gpus(self) -> None:
-        """Ask for a fresh look at the GPUs; it comes within milliseconds, from its own thread."""
-        now = time.monotonic()
-        if now - self.look_asked_at >= LOOK_EVERY_S:
-            self.look_asked_at = now
-            self.look_wanted.set()
-            self.poke()
 
-    def failed(self, model_id: str, code: str, message: str) -> None:
-        """Remember a failed load, for the back-off."""
-        before = self.failures.get(model_id)
-        times = before.times + 1 if before else 1
-        self.failures[model_id] = Failure(code=code, message=message, at=time.time(), times=times)
+def in_thread(tools: Tools, work: Callable[..., None], *args: Any) -> None:
+    """Run blocking work in a thread of its own; what it raises is logged."""
 
-    def forget_failure(self, model_id: str, before: Failure | None) -> None:
-        """Take the last failure of a model back; `before` is the one before it."""
-        if before is None:
-            self.failures.pop(model_id, None)
-        else:
-            self.failures[model_id] = before
+    def guarded() -> None:
+        try:
+            work(*args)
+        except Exception:
+            logger.exception("%s failed", work)
+            raise
+
+    tools.threads.submit(guarded)
+
+
+class Preload:
+    """Models to load without being asked. Any thread may use it."""
+
+    def __init__(self, model_ids: Iterable[str] = ()) -> None:
+        self._lock = threading.Lock()
+        #: written under the lock, by the two methods below
+        self._ids = set(model_ids)
+
+    def add(self, model_id: str) -> None:
+        """Have a model loaded as soon as it has a place."""
+        with self._lock:
+            self._ids.add(model_id)
+
+    def discard(self, model_id: str) -> None:
+        """Take a model out: it was tried, whatever came of it."""
+        with self._lock:
+            self._ids.discard(model_id)
+
+    def ids(self) -> list[str]:
+        """Return the models in the order of their names."""
+        with self._lock:
+            return sorted(self._ids)

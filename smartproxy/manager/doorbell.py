@@ -9,7 +9,7 @@ import contextlib
 import os
 import selectors
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from smartproxy.llama.process import Child
@@ -38,7 +38,7 @@ class Doorbell:
         with contextlib.suppress(BlockingIOError):  # full: it is awake already
             os.write(self._own_write, b"\0")
 
-    def watch(self, children: dict[int, Child]) -> None:
+    def watch(self, children: Mapping[int, Child]) -> None:
         """Wake the loop when one of these processes ends."""
         pids = {child.pid for child in children.values()}
         for pid in self._watched.keys() - pids:

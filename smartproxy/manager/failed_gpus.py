@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import time
 
-from smartproxy.manager.act import in_thread, stop_starting, unload
-from smartproxy.manager.bring_down import take_down
-from smartproxy.manager.context import Manager
+from smartproxy.manager.act import stop_starting, unload
+from smartproxy.manager.bring_down import Ending, take_down
+from smartproxy.manager.context import in_thread
+from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.state import servers as server_rows
-from smartproxy.state.store import Row
+from smartproxy.state.assignments import assignments
+from smartproxy.state.server_row import LiveServer
 from smartproxy.types import Gpu, ServerState
 
 #: a driver that has a bad moment unloads nothing: failing looks must be so far apart
@@ -23,33 +25,29 @@ UNREADABLE_S = 5.0
 GRACE_S = 0.5
 
 
-def leave_failed_gpus(manager: Manager, now: float) -> None:
+def leave_failed_gpus(ending: Ending, view: GpuView, now: float) -> None:
     """End or drain every server that has a part on a GPU in error."""
-    failed = _failed(manager)
+    failed = _failed(view)
     if not failed:
         return
-    parts = server_rows.assignments(manager.store)
-    for row in server_rows.live_servers(manager.store):
-        gpus = [
-            failed[part["gpu_uuid"]]
-            for part in parts.get(row["id"], ())
-            if part["gpu_uuid"] in failed
-        ]
-        if not gpus or row["state"] == ServerState.STOPPING:
+    parts = assignments(ending.tools.store)
+    for row in server_rows.live_servers(ending.tools.store):
+        gpus = [failed[part.gpu_uuid] for part in parts.get(row.id, ()) if part.gpu_uuid in failed]
+        if not gpus or row.state == ServerState.STOPPING:
             continue
         reason = f"gpu {gpus[0].index} failed: {gpus[0].error}"
         if any(gpu.lost for gpu in gpus):
-            _end(manager, row, reason, now)
+            _end(ending, row, reason, now)
         else:
-            unload(manager, row["model_id"], reason, now)
+            unload(ending, row.model_id, reason, now)
 
 
-def _failed(manager: Manager) -> dict[str, Gpu]:
+def _failed(view: GpuView) -> dict[str, Gpu]:
     """Return by uuid the GPUs that are lost, or could not be read for a while."""
-    seen = manager.gpus
+    seen = view.seen
     if seen is None:
         return {}
-    since = manager.failing_since
+    since = view.failing_since
     in_error = {gpu.uuid: gpu for gpu in seen.gpus if gpu.error}
     for uuid in since.keys() - in_error.keys():
         del since[uuid]
@@ -60,13 +58,13 @@ def _failed(manager: Manager) -> dict[str, Gpu]:
     }
 
 
-def _end(manager: Manager, row: Row, reason: str, now: float) -> None:
+def _end(ending: Ending, row: LiveServer, reason: str, now: float) -> None:
     """Stop a server without waiting for its requests."""
-    state = ServerState(row["state"])
+    state = row.state
     if state is ServerState.STARTING:
-        stop_starting(manager, row["id"], reason, now)
+        stop_starting(ending, row.id, reason, now)
         return
-    store, server_id = manager.store, row["id"]
+    store, server_id = ending.tools.store, row.id
     if state is ServerState.READY:
         server_rows.transition(
             store, server_id, state, ServerState.DRAINING, now=now, reason=reason
@@ -74,4 +72,4 @@ def _end(manager: Manager, row: Row, reason: str, now: float) -> None:
     if server_rows.transition(
         store, server_id, ServerState.DRAINING, ServerState.STOPPING, now=time.time(), reason=reason
     ):
-        in_thread(manager, take_down, manager, server_id, GRACE_S)
+        in_thread(ending.tools, take_down, ending, server_id, GRACE_S)

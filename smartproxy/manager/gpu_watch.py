@@ -8,38 +8,81 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from smartproxy.gpus.nvml import GpuObserver
-from smartproxy.manager.context import Manager
+from smartproxy.manager.context import Tools
 from smartproxy.state import gpus
-from smartproxy.types import GpuSnapshot
+from smartproxy.types import Gpu, GpuSnapshot
 
 logger = logging.getLogger(__name__)
 
+#: seconds between two looks at the GPUs that are asked for beside the regular ones
+LOOK_EVERY_S = 0.1
 #: how long the end of the manager waits for a look that is under way
 CLOSE_PATIENCE_S = 1.0
+
+
+class GpuView:
+    """The GPUs as last seen, and whether a fresh look is wanted. Any thread may read."""
+
+    def __init__(self, poke: Callable[[], None]) -> None:
+        self._poke = poke
+        #: None until looked at once; written by Watcher.look
+        self.seen: GpuSnapshot | None = None
+        #: by uuid of a GPU in error: when it was first seen so; written by failed_gpus.py, in the
+        #: main thread
+        self.failing_since: dict[str, float] = {}
+        #: set by want_look, cleared by take_wanted
+        self._wanted = threading.Event()
+        self._lock = threading.Lock()
+        #: monotonic; written under the lock, by want_look
+        self._asked_at = 0.0
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """The GPUs in NVML's order; none before the first look."""
+        seen = self.seen
+        return seen.gpus if seen is not None else ()
+
+    def want_look(self) -> None:
+        """Ask for a fresh look at the GPUs; it comes within milliseconds, from its own thread."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._asked_at < LOOK_EVERY_S:
+                return
+            self._asked_at = now
+        self._wanted.set()
+        self._poke()
+
+    def take_wanted(self) -> bool:
+        """Return whether a look was asked for since the last time."""
+        if not self._wanted.is_set():
+            return False
+        self._wanted.clear()
+        return True
 
 
 class Watcher:
     """Owns the NVML session; `look` is the job."""
 
-    def __init__(self, manager: Manager) -> None:
-        self._manager = manager
-        self._observer = GpuObserver() if manager.settings.enable_gpu_monitoring else None
+    def __init__(self, tools: Tools, view: GpuView) -> None:
+        self._tools = tools
+        self._view = view
+        self._observer = GpuObserver() if tools.settings.enable_gpu_monitoring else None
         self._told: str | None = None
         self._looking = threading.Lock()
 
     def look(self) -> None:
         """Take a snapshot, write it down, and wake the planner when what it may use changed."""
-        manager = self._manager
         with self._looking:
             seen = self._seen()
         self._tell(seen)
         # before the planner has it: no model is placed on a GPU that the file does not know yet
-        gpus.write_snapshot(manager.store, seen, now=time.time())
-        first, manager.gpus = manager.gpus is None, seen
+        gpus.write_snapshot(self._tools.store, seen, now=time.time())
+        first, self._view.seen = self._view.seen is None, seen
         if first or seen.gpus:
-            manager.poke()
+            self._tools.poke()
 
     def _seen(self) -> GpuSnapshot:
         if self._observer is not None:

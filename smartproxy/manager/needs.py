@@ -1,30 +1,41 @@
-"""What each model of the catalogue needs and where it may go: for the planner, and to be listed."""
+"""What each model of the catalogue needs and where it may go: for the planner, and to be listed.
+
+Earlier loads teach about the next one: what they were measured to take comes from measure.py; how
+that corrects an estimate is in memory/correct.py.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed, MetadataError
-from smartproxy.manager import lessons
-from smartproxy.manager.context import Manager
-from smartproxy.manager.served import loaded_of, metadata_of
-from smartproxy.memory.correct import at_least, corrected, overridden
-from smartproxy.memory.estimate import make_need
+from smartproxy.gpus.cuda import default_overhead_bytes
+from smartproxy.manager.context import Tools
+from smartproxy.manager.served import file_key, loaded_of, metadata_of, options_key
+from smartproxy.memory.correct import Learned, Lesson, at_least, corrected, learn, overridden
+from smartproxy.memory.estimate import Loaded, make_need
 from smartproxy.memory.types import Layout, Need
 from smartproxy.model_file.types import ModelMetadata
 from smartproxy.planner.types import PlacePolicy
+from smartproxy.state import measurements, models
+from smartproxy.state.measurements import MeasurementRow
+from smartproxy.state.models import ModelRow
+from smartproxy.types import Gpu
 
 logger = logging.getLogger(__name__)
 
 
-def need_of(manager: Manager, spec: ModelSpec) -> Need:
+def need_of(tools: Tools, spec: ModelSpec) -> Need:
     """Return what a model needs. Raises LoadFailed or MetadataError: why it can't be known."""
-    loaded = loaded_of(manager.store, spec)
-    learned = lessons.learned_of(manager, spec, loaded)
+    loaded = loaded_of(tools.store, spec)
+    learned = learned_of(tools, spec, loaded)
     plain = make_need(loaded, context_size=context_size(spec, loaded.metadata))
     if spec.estimated_vram_bytes is None:
         return replace(plain, estimate=lambda layout: corrected(plain.estimate(layout), learned))
@@ -53,12 +64,12 @@ def context_size(spec: ModelSpec, known: ModelMetadata) -> int | None:
     return min(spec.context_size, known.trained_context or spec.context_size)
 
 
-def policy_of(manager: Manager, spec: ModelSpec) -> PlacePolicy:
+def policy_of(gpus: Iterable[Gpu], spec: ModelSpec) -> PlacePolicy:
     """Return where a model may go; configured GPU numbers become uuids."""
     return PlacePolicy(
         strategy=spec.strategy,
         max_gpus=spec.max_gpus,
-        allowed_uuids=_allowed_uuids(manager, spec),
+        allowed_uuids=_allowed_uuids(gpus, spec),
         gpu_layers=spec.gpu_layers,
         partial_offload=spec.partial_offload,
         cpu_fallback=spec.cpu_fallback,
@@ -66,64 +77,116 @@ def policy_of(manager: Manager, spec: ModelSpec) -> PlacePolicy:
     )
 
 
-def _allowed_uuids(manager: Manager, spec: ModelSpec) -> frozenset[str] | None:
+def _allowed_uuids(gpus: Iterable[Gpu], spec: ModelSpec) -> frozenset[str] | None:
     if spec.gpus is None:
         return None
-    seen = manager.gpus.gpus if manager.gpus else ()
-    by_index = {gpu.index: gpu.uuid for gpu in seen}
+    by_index = {gpu.index: gpu.uuid for gpu in gpus}
     # a number that names no GPU stays as it is, so that the planner says it is not there
     return frozenset(
         by_index.get(gpu, f"gpu {gpu}") if isinstance(gpu, int) else gpu for gpu in spec.gpus
     )
 
 
-def publish_models(manager: Manager) -> None:
+def overheads(tools: Tools, gpus: Iterable[Gpu]) -> dict[str, int]:
+    """Return bytes per GPU uuid that a server is expected to take beside its buffers.
+
+    What was measured; until that was after prompts, not less than the safe start value.
+    """
+    known = measurements.overheads(tools.store, tools.binary.build)
+    charged = {}
+    for gpu in gpus:
+        row = known.get(gpu.uuid)
+        if row is not None:
+            least = 0 if row.warm else default_overhead_bytes(gpu.total_bytes)
+            charged[gpu.uuid] = max(row.overhead_bytes, least)
+    return charged
+
+
+def learned_of(tools: Tools, spec: ModelSpec, loaded: Loaded) -> Learned:
+    """Return what loads of a model's file have taught, for this build."""
+    build = tools.binary.build
+    rows = measurements.of_file(tools.store, file_key(spec), build)
+    return learn(_lessons(rows, options_key(spec, loaded, build))) if rows else Learned()
+
+
+def _lessons(rows: list[MeasurementRow], options: str) -> Iterator[Lesson]:
+    loads: dict[tuple[int | None, str], list[MeasurementRow]] = {}
+    for row in rows:
+        loads.setdefault((row.server_id, row.settings_key), []).append(row)
+    for parts in loads.values():
+        layout = _layout(json.loads(parts[0].layout))
+        # a load of which a device is missing, or was not measured, teaches nothing
+        whole = len(parts) == len(layout.tensor_split) + 1 and all(map(_known, parts))
+        if whole and any(map(_was_measured, parts)):
+            yield Lesson(
+                layout=layout,
+                predicted=tuple(part.predicted_bytes for part in parts),
+                measured=tuple(_buffers(part) for part in parts),
+                same_options=parts[0].options_key == options,
+                asked=parts[0].server_id is None,
+            )
+
+
+def _known(part: MeasurementRow) -> bool:
+    return part.device == measurements.HOST or _was_measured(part)
+
+
+def _was_measured(part: MeasurementRow) -> bool:
+    on_gpu = part.device != measurements.HOST and part.process_bytes is not None
+    return on_gpu or part.buffers_bytes is not None
+
+
+def _layout(values: Mapping[str, Any]) -> Layout:
+    return Layout(**{**values, "tensor_split": tuple(values["tensor_split"])})
+
+
+def _buffers(part: MeasurementRow) -> int:
+    """Return a device's buffers; where no line told them, what the process had beside overhead."""
+    if part.buffers_bytes is not None:
+        return part.buffers_bytes
+    if part.device == measurements.HOST:
+        return part.predicted_bytes
+    return max(0, (part.process_bytes or 0) - part.overhead_bytes)
+
+
+def publish_models(tools: Tools) -> None:
     """Write the catalogue with what is known of each model, for /v1/models. May take seconds."""
-    for spec in manager.catalog.models.values():
-        publish_model(manager, spec)
-    ids = list(manager.catalog.models)
-    with manager.store.write() as connection:
-        connection.execute(f"DELETE FROM models WHERE id NOT IN ({','.join('?' * len(ids))})", ids)
+    for spec in tools.catalog.models.values():
+        publish_model(tools, spec)
+    models.keep_models(tools.store, tools.catalog.models)
 
 
-def publish_model(manager: Manager, spec: ModelSpec) -> None:
+def publish_model(tools: Tools, spec: ModelSpec) -> None:
     """Write what is known of one model: again when a load has taught something about it."""
-    row = _model_row(manager, spec)
-    names = ", ".join(row)
-    with manager.store.write() as connection:
-        connection.execute(
-            f"INSERT OR REPLACE INTO models ({names})"
-            f" VALUES ({', '.join(f':{name}' for name in row)})",
-            row,
-        )
+    models.write_model(tools.store, _model_row(tools, spec))
 
 
-def _model_row(manager: Manager, spec: ModelSpec) -> dict[str, object]:
-    row: dict[str, object] = {
-        "id": spec.id,
-        "path": str(spec.path) if spec.path else None,
-        "problem": spec.problem,
-        "updated_at": time.time(),
-    }
+def _model_row(tools: Tools, spec: ModelSpec) -> ModelRow:
+    row = ModelRow(
+        id=spec.id,
+        path=str(spec.path) if spec.path else None,
+        problem=spec.problem,
+        updated_at=time.time(),
+    )
     if spec.problem is not None or spec.path is None:
         return row
     try:
-        known = metadata_of(manager.store, spec.path)
-        need = need_of(manager, spec)
+        known = metadata_of(tools.store, spec.path)
+        need = need_of(tools, spec)
         layout = _whole(need)
         estimate = need.estimate(layout)
     except (MetadataError, LoadFailed) as error:
         logger.warning("model '%s' can't be loaded: %s", spec.id, error)
-        return {**row, "problem": str(error)}
-    return {
-        **row,
-        "architecture": known.architecture,
-        "parameters": known.parameters,
-        "quantization": known.quantization,
-        "file_bytes": known.file_bytes,
-        "trained_context": known.trained_context,
-        "context_size": layout.context_size,
-        "estimated_bytes": estimate.total_bytes,
-        "host_estimated_bytes": estimate.host.total_bytes,
-        "confident": int(estimate.confident),
-    }
+        return replace(row, problem=str(error))
+    return replace(
+        row,
+        architecture=known.architecture,
+        parameters=known.parameters,
+        quantization=known.quantization,
+        file_bytes=known.file_bytes,
+        trained_context=known.trained_context,
+        context_size=layout.context_size,
+        estimated_bytes=estimate.total_bytes,
+        host_estimated_bytes=estimate.host.total_bytes,
+        confident=estimate.confident,
+    )

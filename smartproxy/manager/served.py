@@ -22,6 +22,8 @@ from smartproxy.memory.projector import projector
 from smartproxy.memory.types import EstimateOptions, FlashAttention, Layout
 from smartproxy.model_file import metadata as gguf_metadata
 from smartproxy.model_file.types import ModelMetadata
+from smartproxy.state import models
+from smartproxy.state.models import FileRow
 from smartproxy.state.store import Store
 
 logger = logging.getLogger(__name__)
@@ -113,25 +115,21 @@ def metadata_of(store: Store, path: Path) -> ModelMetadata:
         stat = os.stat(path)
     except OSError as error:
         raise MetadataError(f"{path}: {error.strerror}") from None
-    row = store.one("SELECT * FROM files WHERE path = ?", (str(path),))
-    if row and (row["size_bytes"], row["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+    row = models.file_of(store, str(path))
+    if row and (row.size_bytes, row.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
         try:
-            return gguf_metadata.from_json(row["metadata"])
+            return gguf_metadata.from_json(row.metadata)
         except MetadataError:
             logger.info("cached header of %s is of another version: reading it again", path)
     known = gguf_metadata.read_metadata(path)
-    with store.write() as connection:
-        connection.execute(
-            "INSERT OR REPLACE INTO files (path, size_bytes, mtime_ns, metadata, read_at)"
-            " VALUES (?, ?, ?, ?, ?)",
-            (
-                str(path),
-                stat.st_size,
-                stat.st_mtime_ns,
-                gguf_metadata.to_json(known),
-                time.time(),
-            ),
-        )
+    file = FileRow(
+        path=str(path),
+        size_bytes=stat.st_size,
+        mtime_ns=stat.st_mtime_ns,
+        metadata=gguf_metadata.to_json(known),
+        read_at=time.time(),
+    )
+    models.write_file(store, file)
     return known
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import requests
 
-from smartproxy.manager.context import Manager
+from smartproxy.manager.context import Tools
 from smartproxy.state import servers as server_rows
-from smartproxy.state.store import Row
+from smartproxy.state.server_row import LiveServer, ServerColumns
 from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
@@ -23,22 +23,22 @@ METRIC = re.compile(r"^llamacpp:(\w+) ([-+.eE\d]+)$", re.M)
 LOG_LIMIT_BYTES = 64 << 20
 
 
-def watch(manager: Manager) -> None:
+def watch(tools: Tools) -> None:
     """Write what every ready server says of itself; one that does not answer keeps its last."""
-    ready = [r for r in server_rows.live_servers(manager.store) if r["state"] == ServerState.READY]
+    ready = [r for r in server_rows.live_servers(tools.store) if r.state == ServerState.READY]
     if not ready:
         return
     with ThreadPoolExecutor(max_workers=min(8, len(ready))) as pool:
         for row, seen in zip(ready, pool.map(_ask, ready), strict=True):
             if seen:
-                server_rows.update_server(manager.store, row["id"], seen)
+                server_rows.update_server(tools.store, row.id, **seen)
 
 
-def _ask(row: Row) -> dict[str, Any]:
+def _ask(row: LiveServer) -> ServerColumns:
     """Return columns, or nothing when the server does not answer in time."""
     session = requests.Session()
-    session.headers["Authorization"] = f"Bearer {row['api_key']}"
-    base = f"http://127.0.0.1:{row['port']}"
+    session.headers["Authorization"] = f"Bearer {row.api_key}"
+    base = f"http://127.0.0.1:{row.port}"
     try:
         metrics = dict(METRIC.findall(session.get(f"{base}/metrics", timeout=TIMEOUT_S).text))
         slots = session.get(f"{base}/slots", timeout=TIMEOUT_S).json()
@@ -49,18 +49,18 @@ def _ask(row: Row) -> dict[str, Any]:
     return _columns(row, {name: float(value) for name, value in metrics.items()}, slots)
 
 
-def _columns(row: Row, metrics: dict[str, float], slots: list[dict[str, Any]]) -> dict[str, Any]:
+def _columns(
+    row: LiveServer, metrics: dict[str, float], slots: list[dict[str, Any]]
+) -> ServerColumns:
     now = time.time()
     predicted = metrics.get("tokens_predicted_total", 0.0)
     # the server's own tokens/s gauge is reset by every scrape: the counters are not
-    before, before_at = row["predicted_tokens_total"], row["watched_at"]
-    known = before is not None and before_at is not None
-    rate = max(0.0, predicted - before) / (now - before_at) if known else 0.0
+    before, before_at = row.predicted_tokens_total, row.watched_at
+    rate = 0.0
+    if before is not None and before_at is not None:
+        rate = max(0.0, predicted - before) / (now - before_at)
     busy = sum(bool(slot.get("is_processing")) for slot in slots)
-    # what nginx carries leaves no other trace of use
-    used = {"last_used_at": now} if busy or predicted > (before or 0.0) else {}
-    return {
-        **used,
+    seen: ServerColumns = {
         "watched_at": now,
         "slots_total": len(slots),
         "slots_busy": busy,
@@ -70,12 +70,16 @@ def _columns(row: Row, metrics: dict[str, float], slots: list[dict[str, Any]]) -
         "predicted_tokens_total": predicted,
         "tokens_per_second": round(rate, 2),
     }
+    # what nginx carries leaves no other trace of use
+    if busy or predicted > (before or 0.0):
+        seen["last_used_at"] = now
+    return seen
 
 
-def trim_logs(manager: Manager, keep: int = 100) -> None:
+def trim_logs(tools: Tools, keep: int = 100) -> None:
     """Cut logs that grew too long and delete all but the newest of ended servers."""
-    logs = sorted(manager.log_dir.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    live = {row["log_path"] for row in server_rows.live_servers(manager.store)}
+    logs = sorted(tools.log_dir.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    live = {row.log_path for row in server_rows.live_servers(tools.store)}
     for path in logs[:-keep]:
         if str(path) not in live:
             path.unlink(missing_ok=True)

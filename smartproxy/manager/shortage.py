@@ -2,7 +2,7 @@
 
 The server asked for more than it was promised, or somebody else took what was promised to it after
 the last look. In the first case the model's need is raised, for as long as this manager runs (what
-is measured of a load that succeeds is kept longer: record.py); in the second the fresh look alone
+is measured of a load that succeeds is kept longer: measure.py); in the second the fresh look alone
 changes the next decision. Either way the load is planned anew, with evictions if need be; a
 second death in a row is its failure, told with the numbers.
 """
@@ -10,18 +10,22 @@ second death in a row is its failure, told with the numbers.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed
 from smartproxy.llama.out_of_memory import asked_bytes
-from smartproxy.manager import lingering, needs
-from smartproxy.manager.context import Manager, Shortage
+from smartproxy.manager import needs
+from smartproxy.manager.context import Preload, Tools
+from smartproxy.manager.gpu_watch import GpuView
+from smartproxy.manager.lingering import PATIENCE_S, Lingering
 from smartproxy.memory.types import Estimate, Layout, Need
 from smartproxy.planner.reasons import gb
 from smartproxy.state import servers as server_rows
-from smartproxy.state.store import Row
+from smartproxy.state.assignments import AssignmentRow, assignments
+from smartproxy.state.store import Store
 from smartproxy.types import MIB, ServerState
 
 logger = logging.getLogger(__name__)
@@ -40,14 +44,61 @@ class OutOfGpuMemory(LoadFailed):
         self.log = log
 
 
-def need_of(manager: Manager, spec: ModelSpec) -> Need:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """A model that ran out of GPU memory while loading."""
+
+    #: what it needs of each GPU beyond its estimate
+    raised_bytes: int = 0
+    #: a load that died of it is being tried once more
+    trying_again: bool = False
+
+
+class Shortages:
+    """The models that ran out of GPU memory while loading. Any thread may use it."""
+
+    def __init__(self, preload: Preload) -> None:
+        #: where a model goes that nobody else asks for again
+        self.preload = preload
+        self._lock = threading.Lock()
+        #: written under the lock: by the thread that loads the model, which is one at a time
+        self._by_model: dict[str, Shortage] = {}
+
+    def get(self, model_id: str) -> Shortage:
+        """Return what is known of a model; nothing raised where it never ran out."""
+        with self._lock:
+            return self._by_model.get(model_id, Shortage())
+
+    def put(self, model_id: str, shortage: Shortage) -> None:
+        """Remember it in place of what was known of the model."""
+        with self._lock:
+            self._by_model[model_id] = shortage
+
+    def settled(self, model_id: str) -> None:
+        """Say that a model has loaded or failed: its next shortage may be tried again once more."""
+        with self._lock:
+            if model_id in self._by_model:
+                known = self._by_model[model_id]
+                self._by_model[model_id] = replace(known, trying_again=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Death:
+    """A server that ran out of GPU memory while loading; its process has ended."""
+
+    server_id: int
+    spec: ModelSpec
+    error: OutOfGpuMemory
+
+
+def need_of(tools: Tools, shortages: Shortages, spec: ModelSpec) -> Need:
     """Return what a model needs, raised where a load of it has shown that to be too little.
 
     Raises LoadFailed or MetadataError: why it can't be known.
     """
-    need = needs.need_of(manager, spec)
-    shortage = manager.shortages.get(spec.id)
-    return need if shortage is None else _raised(need, shortage.raised_bytes)
+    need = needs.need_of(tools, spec)
+    raised_bytes = shortages.get(spec.id).raised_bytes
+    return _raised(need, raised_bytes) if raised_bytes else need
 
 
 def _raised(need: Need, raised_bytes: int) -> Need:
@@ -64,90 +115,82 @@ def _raised(need: Need, raised_bytes: int) -> Need:
     return replace(need, estimate=estimate)
 
 
-def try_again(manager: Manager, server_id: int, spec: ModelSpec, error: OutOfGpuMemory) -> bool:
+def try_again(tools: Tools, shortages: Shortages, lingering: Lingering, death: Death) -> bool:
     """End a server that ran out of memory so that its load is planned anew. Blocks for seconds.
 
     False: it was tried again already, so this is its failure; the caller says so.
     """
-    before = manager.shortages.get(spec.id, Shortage(raised_bytes=0, trying_again=False))
+    server_id, spec, store = death.server_id, death.spec, tools.store
+    before = shortages.get(spec.id)
     if before.trying_again:
-        manager.shortages[spec.id] = replace(before, trying_again=False)
+        shortages.settled(spec.id)
         return False
-    if not _stop(manager, server_id, ServerState.STARTING, ServerState.STOPPING, str(error)):
+    if not _stop(store, server_id, ServerState.STARTING, ServerState.STOPPING, str(death.error)):
         return True  # it was being stopped on purpose
-    shares = server_rows.assignments(manager.store).get(server_id, [])
-    _await_memory(manager, server_id)
+    shares = assignments(store).get(server_id, [])
+    _await_memory(tools, lingering, server_id)
     raised_bytes = before.raised_bytes
-    taken = _taken_by_others(manager, shares)
+    taken = _taken_by_others(lingering.view, shares)
     if taken is None:
-        raised_bytes += _lacking_bytes(shares, error.log)
+        raised_bytes += _lacking_bytes(shares, death.error.log)
         why = f"its need is raised by {gb(raised_bytes)} a GPU"
     else:
         why = taken
-    manager.shortages[spec.id] = Shortage(raised_bytes=raised_bytes, trying_again=True)
+    shortages.put(spec.id, Shortage(raised_bytes=raised_bytes, trying_again=True))
     if spec.preload:  # nobody else asks again for it
-        manager.preload.add(spec.id)
+        shortages.preload.add(spec.id)
     reason = f"ran out of GPU memory while loading: {why}; it is tried once more"
-    return _stop(manager, server_id, ServerState.STOPPING, ServerState.STOPPED, reason)
+    return _stop(store, server_id, ServerState.STOPPING, ServerState.STOPPED, reason)
 
 
-def settled(manager: Manager, model_id: str) -> None:
-    """Say that a model has loaded: the next shortage may be tried again once more."""
-    shortage = manager.shortages.get(model_id)
-    if shortage is not None:
-        manager.shortages[model_id] = replace(shortage, trying_again=False)
-
-
-def numbers(manager: Manager, server_id: int) -> str:
+def numbers(store: Store, view: GpuView, server_id: int) -> str:
     """Return what a failed server was promised, and what its GPUs have free now."""
-    free = {gpu.uuid: gpu.free_bytes for gpu in (manager.gpus.gpus if manager.gpus else ())}
+    free = {gpu.uuid: gpu.free_bytes for gpu in view.gpus}
     parts = [
-        f"GPU {share['gpu_index']} was to give {gb(share['estimated_bytes'])} and has"
-        f" {gb(free.get(share['gpu_uuid'], 0))} free now"
-        for share in server_rows.assignments(manager.store).get(server_id, [])
+        f"GPU {share.gpu_index} was to give {gb(share.estimated_bytes)} and has"
+        f" {gb(free.get(share.gpu_uuid, 0))} free now"
+        for share in assignments(store).get(server_id, [])
     ]
     return "; ".join(parts)
 
 
 def _stop(
-    manager: Manager, server_id: int, before: ServerState, after: ServerState, reason: str
+    store: Store, server_id: int, before: ServerState, after: ServerState, reason: str
 ) -> bool:
-    return server_rows.transition(
-        manager.store, server_id, before, after, now=time.time(), reason=reason
-    )
+    return server_rows.transition(store, server_id, before, after, now=time.time(), reason=reason)
 
 
-def _await_memory(manager: Manager, server_id: int) -> None:
+def _await_memory(tools: Tools, lingering: Lingering, server_id: int) -> None:
     """Block until what the dead server held is back, so that the GPUs' numbers are the others'."""
-    deadline = time.monotonic() + lingering.PATIENCE_S + 1
-    while server_id in manager.ended and time.monotonic() < deadline:
-        if manager.stopping.is_set():
+    deadline = time.monotonic() + PATIENCE_S + 1
+    while lingering.waits_for(server_id) and time.monotonic() < deadline:
+        if tools.stopping.is_set():
             return
-        manager.poke()
+        tools.poke()
         time.sleep(LOOK_EVERY_S)
 
 
-def _taken_by_others(manager: Manager, shares: list[Row]) -> str | None:
+def _taken_by_others(view: GpuView, shares: list[AssignmentRow]) -> str | None:
     """Return which GPU no longer has what was promised, None where all have."""
-    gpus = {gpu.uuid: gpu for gpu in (manager.gpus.gpus if manager.gpus else ())}
+    gpus = {gpu.uuid: gpu for gpu in view.gpus}
     for share in shares:
-        gpu = gpus.get(share["gpu_uuid"])
-        if gpu is not None and gpu.free_bytes < share["estimated_bytes"]:
+        gpu = gpus.get(share.gpu_uuid)
+        if gpu is not None and gpu.free_bytes < share.estimated_bytes:
             return (
-                f"of the {gb(share['estimated_bytes'])} promised on GPU {gpu.index}"
+                f"of the {gb(share.estimated_bytes)} promised on GPU {gpu.index}"
                 f" others have taken all but {gb(gpu.free_bytes)}"
             )
     return None
 
 
-def _lacking_bytes(shares: list[Row], log: str) -> int:
+def _lacking_bytes(shares: list[AssignmentRow], log: str) -> int:
     """Return by how much the GPU that was most too small for it must give more."""
     known = asked_bytes(log, len(shares))
     lacking = [
         max(
             LEAST_RAISE_BYTES,
-            int(share["estimated_bytes"] * LEAST_RAISE),
-            size - share["estimated_bytes"],
+            int(share.estimated_bytes * LEAST_RAISE),
+            size - share.estimated_bytes,
         )
         for share, size in zip(shares, known, strict=True)
     ]

@@ -7,31 +7,52 @@ blocks: starting, draining and stopping run in threads, which move rows and poke
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
-from smartproxy.manager.act import carry_out, notice_exits, unload
-from smartproxy.manager.answer_plans import answer_plans
-from smartproxy.manager.answers import answer_settled
-from smartproxy.manager.context import Manager
+from smartproxy.manager.act import Decided, carry_out, notice_exits, unload
+from smartproxy.manager.answers import answer_plans, answer_settled
+from smartproxy.manager.bring_up import Loading
+from smartproxy.manager.context import Tools
 from smartproxy.manager.failed_gpus import leave_failed_gpus
-from smartproxy.manager.snapshot import idle_too_long, snapshot
+from smartproxy.manager.snapshot import Sources, idle_too_long, snapshot
 from smartproxy.planner.plan import plan
-from smartproxy.state import demands as demand_rows
+from smartproxy.state.demands import open_demands
 
 
-def tick(manager: Manager, now: float) -> bool:
-    """Make one pass. Returns whether models wait for room, so that the next pass comes soon."""
-    notice_exits(manager, now)
-    leave_failed_gpus(manager, now)
-    demands = answer_settled(manager, demand_rows.open_demands(manager.store), now)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manager:
+    """Everything: for the tick and the main loop, which alone see all of it."""
+
+    tools: Tools
+    loading: Loading
+    sources: Sources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """What the main loop does next depends on."""
+
+    #: models wait for room, so that the next pass comes soon
+    waiting: bool
+    #: seconds that the decision took
+    decision_s: float
+
+
+def tick(manager: Manager, now: float) -> Pass:
+    """Make one pass."""
+    tools, loading, sources = manager.tools, manager.loading, manager.sources
+    notice_exits(loading, now)
+    leave_failed_gpus(loading, loading.view, now)
+    demands = answer_settled(tools, loading.failures, open_demands(tools.store), now)
     for wish in demands:
         if wish.kind == "unload":
-            unload(manager, wish.model_id, "unloaded by request", now)
-    for model_id, idle_s in idle_too_long(manager, demands, now):
-        unload(manager, model_id, f"idle for {idle_s:.0f} s (ttl)", now, only_if_idle=True)
+            unload(loading, wish.model_id, "unloaded by request", now)
+    for model_id, idle_s in idle_too_long(tools, demands, now):
+        unload(loading, model_id, f"idle for {idle_s:.0f} s (ttl)", now, only_if_idle=True)
     began = time.perf_counter()
-    view = snapshot(manager, demands, now)
-    decision = plan(view)
-    manager.decision_s = time.perf_counter() - began
-    answer_plans(manager, view, demands, now)
-    carry_out(manager, decision, demands, now)
-    return bool(decision.waits or decision.evictions)
+    world = snapshot(sources, demands, now)
+    decision = plan(world)
+    decided = Decided(decision=decision, took_s=time.perf_counter() - began)
+    answer_plans(sources, world, demands, now)
+    carry_out(loading, decided, demands, now)
+    return Pass(waiting=bool(decision.waits or decision.evictions), decision_s=decided.took_s)

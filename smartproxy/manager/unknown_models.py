@@ -21,7 +21,8 @@ from smartproxy.errors import SmartProxyError
 from smartproxy.llama.binary import Binary, child_environment
 from smartproxy.llama.command import device_flags, memory_flags
 from smartproxy.manager import measure, needs
-from smartproxy.manager.context import Manager
+from smartproxy.manager.context import Tools
+from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.served import file_key, loaded_of, options_key, settings_key
 from smartproxy.memory.estimate import Loaded, make_need
 from smartproxy.memory.types import Layout
@@ -40,37 +41,40 @@ _LINE = re.compile(r"^(\w+) (\d+) (\d+) (\d+)\s*$", re.M)
 _HELP_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 
-def ask_about_unknown(manager: Manager) -> None:
-    """Ask about every model that the rules don't know and that was not asked about yet."""
-    tool = manager.binary.path.parent / NAME
-    if manager.gpus is None or not os.access(tool, os.X_OK):
+def ask_about_unknown(tools: Tools, view: GpuView, asked: set[str]) -> None:
+    """Ask about every model that the rules don't know and that was not asked about yet.
+
+    asked: the settings that were asked about; only this job, which never runs twice at a time,
+    writes it.
+    """
+    tool = tools.binary.path.parent / NAME
+    if view.seen is None or not os.access(tool, os.X_OK):
         return
-    for spec in manager.catalog.models.values():
+    for spec in tools.catalog.models.values():
         try:
-            loaded = loaded_of(manager.store, spec)
+            loaded = loaded_of(tools.store, spec)
         except SmartProxyError:
             continue  # whoever asks for it is told why
-        if loaded.metadata.unknown is None or manager.stopping.is_set():
+        if loaded.metadata.unknown is None or tools.stopping.is_set():
             continue
-        gpu = _roomiest(manager)
-        if gpu is None and manager.gpus.gpus:
+        gpu = _roomiest(view)
+        if gpu is None and view.gpus:
             continue
         placement = _placement(spec, loaded, gpu)
-        options = options_key(spec, loaded, manager.binary.build)
+        options = options_key(spec, loaded, tools.binary.build)
         key = settings_key(options, placement.layout)
-        if key not in manager.asked and not _known(manager, spec, key):
-            _ask(manager, tool, spec, (placement, loaded))
-        manager.asked.add(key)
+        if key not in asked and not _known(tools, spec, key):
+            _ask(tools, tool, spec, (placement, loaded))
+        asked.add(key)
 
 
-def _known(manager: Manager, spec: ModelSpec, key: str) -> bool:
-    rows = measurements.of_file(manager.store, file_key(spec), manager.binary.build)
-    return any(row["settings_key"] == key and row["buffers_bytes"] for row in rows)
+def _known(tools: Tools, spec: ModelSpec, key: str) -> bool:
+    rows = measurements.of_file(tools.store, file_key(spec), tools.binary.build)
+    return any(row.settings_key == key and row.buffers_bytes for row in rows)
 
 
-def _roomiest(manager: Manager) -> Gpu | None:
-    gpus = manager.gpus.gpus if manager.gpus else ()
-    healthy = [gpu for gpu in gpus if gpu.error is None and gpu.free_bytes >= LEAST_FREE_BYTES]
+def _roomiest(view: GpuView) -> Gpu | None:
+    healthy = [gpu for gpu in view.gpus if gpu.error is None and gpu.free_bytes >= LEAST_FREE_BYTES]
     return max(healthy, key=lambda gpu: gpu.free_bytes, default=None)
 
 
@@ -89,11 +93,11 @@ def _placement(spec: ModelSpec, loaded: Loaded, gpu: Gpu | None) -> Placement:
     )
 
 
-def _ask(manager: Manager, tool: Path, spec: ModelSpec, what: tuple[Placement, Loaded]) -> None:
+def _ask(tools: Tools, tool: Path, spec: ModelSpec, what: tuple[Placement, Loaded]) -> None:
     placement, loaded = what
     began = time.monotonic()
     try:
-        told = _run(tool, manager.binary, spec, what)
+        told = _run(tool, tools.binary, spec, what)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("model '%s': %s could not be asked: %s", spec.id, NAME, error)
         return
@@ -101,7 +105,7 @@ def _ask(manager: Manager, tool: Path, spec: ModelSpec, what: tuple[Placement, L
     if len(sizes) != len(placement.gpus) + 1:
         logger.warning("model '%s': %s told nothing of use: %s", spec.id, NAME, told[-500:])
         return
-    measure.expect(manager, None, placement, spec=spec, loaded=loaded, told=tuple(sizes))
+    measure.expect(tools, None, placement, spec=spec, loaded=loaded, told=tuple(sizes))
     logger.info(
         "model '%s' (%s): %s tells %s MB per device, the host last, in %.1f s",
         *(spec.id, loaded.metadata.unknown, NAME),

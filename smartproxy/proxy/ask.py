@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, from_code
+from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, StateError, from_code
 from smartproxy.lifetime import worker_id
 from smartproxy.proxy.ensure import MANAGER_PATIENCE_S, send_poke
-from smartproxy.proxy.pages import view
 from smartproxy.state import demands as demand_rows
+from smartproxy.state import leases
+from smartproxy.state.manager_row import manager_view
 from smartproxy.state.store import Store
 
 LOOK_EVERY_S = 0.02
@@ -39,7 +39,7 @@ def ask_manager(store: Store, state_dir: Path, question: Question) -> dict[str, 
     worker, now = worker_id(), time.time()
     try:
         demand_id = demand_rows.ask(store, kind, model_id, worker, now=now, explicit=True)
-    except sqlite3.Error as error:
+    except StateError as error:
         raise ManagerDown(f"the state file can't be written: {error}") from None
     try:
         send_poke(state_dir, kind.encode())
@@ -49,7 +49,7 @@ def ask_manager(store: Store, state_dir: Path, question: Question) -> dict[str, 
 
 
 def _await(store: Store, worker: str, demand_id: int, question: Question) -> dict[str, Any]:
-    deadline, renew_at = time.monotonic() + question.limit_s, time.monotonic() + demand_rows.RENEW_S
+    deadline, renew_at = time.monotonic() + question.limit_s, time.monotonic() + leases.RENEW_S
     silent_since: float | None = None
     while True:
         answer = demand_rows.read_answers(store, [demand_id]).get(demand_id)
@@ -63,16 +63,16 @@ def _await(store: Store, worker: str, demand_id: int, question: Question) -> dic
                 f"{question.kind} of '{question.model_id}' was not done after"
                 f" {question.limit_s:.0f} s"
             )
-        boss = view.manager(store, now=time.time())
-        if boss["stopping"]:
+        view = manager_view(store)
+        if view.stopping:
             raise ShuttingDown("the proxy is being stopped")
-        if boss["alive"]:
+        if view.alive(time.time()):
             silent_since = None
         elif silent_since is None:
             silent_since = now
         elif now - silent_since > question.patience_s:
             raise ManagerDown(f"the manager does not answer; '{question.kind}' was not done")
         if now > renew_at:
-            demand_rows.renew(store, worker, now=time.time())
-            renew_at = now + demand_rows.RENEW_S
+            leases.renew(store, worker, now=time.time())
+            renew_at = now + leases.RENEW_S
         time.sleep(LOOK_EVERY_S)

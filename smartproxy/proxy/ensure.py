@@ -11,7 +11,6 @@ import asyncio
 import logging
 import os
 import socket
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,13 +19,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from smartproxy.config.settings import Settings
-from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, SmartProxyError, from_code
+from smartproxy.errors import (
+    LoadTimeout,
+    ManagerDown,
+    ShuttingDown,
+    SmartProxyError,
+    StateError,
+    from_code,
+)
 from smartproxy.lifetime import worker_id
 from smartproxy.proxy.file_watch import Moves
 from smartproxy.proxy.outage import Outage
 from smartproxy.proxy.relay.relay import Grant
 from smartproxy.state import demands as demand_rows
-from smartproxy.state.demands import Route
+from smartproxy.state import leases
+from smartproxy.state.leases import Route
+from smartproxy.state.manager_row import manager_view
 from smartproxy.state.store import Store
 
 T = TypeVar("T")
@@ -40,8 +48,6 @@ ROUTES_OLD_S = 0.01
 #: how long an idle server's lease is kept before it is given back: sequential requests of one
 #: client then cost no writes, and an eviction waits at most this long for it
 LINGER_S = 0.05
-#: a manager that has not given a sign for so long does not answer
-HEARTBEAT_STALE_S = 5.0
 #: a killed manager is back within a second or two: who waits is not sent away before
 MANAGER_PATIENCE_S = 12.0
 #: a server that just cut a request short is avoided this long; then it is worth a second try
@@ -139,7 +145,7 @@ class Broker:
 
     async def _write_lease(self, server_id: int) -> bool:
         return await self._write(
-            lambda: demand_rows.take_lease(self._store, self._worker, server_id, now=time.time())
+            lambda: leases.take_lease(self._store, self._worker, server_id, now=time.time())
         )
 
     def _give_back(self, server_id: int, used_at: float) -> None:
@@ -153,7 +159,7 @@ class Broker:
         del self._in_flight[server_id]
         # the writer is one thread: a new lease on this server can only be written after this
         self._writer.submit(
-            demand_rows.release_lease, self._store, self._worker, server_id, last_used_at=used_at
+            leases.release_lease, self._store, self._worker, server_id, last_used_at=used_at
         )
 
     def _keep_renewing(self) -> None:
@@ -163,13 +169,11 @@ class Broker:
     async def _renew(self) -> None:
         """Renew leases and demands while there are any."""
         while True:
-            await asyncio.sleep(demand_rows.RENEW_S)
+            await asyncio.sleep(leases.RENEW_S)
             try:
-                await self._write(
-                    lambda: demand_rows.renew(self._store, self._worker, now=time.time())
-                )
+                await self._write(lambda: leases.renew(self._store, self._worker, now=time.time()))
                 self._not_renewed.worked(time.monotonic())
-            except sqlite3.Error as error:
+            except StateError as error:
                 self._not_renewed.failed(error, time.monotonic())
 
     async def _write(self, work: Callable[[], T]) -> T:
@@ -193,13 +197,13 @@ class Broker:
             version = self._store.data_version()
             if version == self._data_version and self._generation >= 0:
                 return
-            view = demand_rows.manager_view(self._store)
+            view = manager_view(self._store)
             self._data_version = version
             if view.generation != self._generation:
-                self._routes = demand_rows.routes(self._store)
+                self._routes = leases.routes(self._store)
                 self._generation = view.generation
             self._unreadable.worked(now)
-        except sqlite3.Error as error:
+        except StateError as error:
             self._unreadable.failed(error, now)
             self._store.close()
             self._data_version = self._generation = -1
@@ -231,7 +235,7 @@ class Broker:
                         max_queue=self._settings.max_queue,
                     )
                 )
-            except sqlite3.Error as error:
+            except StateError as error:
                 self._writer.submit(self._store.close)
                 if time.monotonic() > give_up_at:
                     raise ManagerDown(f"the state file can't be used: {error}") from None
@@ -264,10 +268,10 @@ class Broker:
             raise from_code(answer.error_code, answer.message or "")
 
     def _check_manager(self, model_id: str, now: float, silent_since: float | None) -> float | None:
-        view = demand_rows.manager_view(self._store)
+        view = manager_view(self._store)
         if view.stopping:
             raise ShuttingDown("the proxy is being stopped")
-        if view.heartbeat_at and time.time() - view.heartbeat_at < HEARTBEAT_STALE_S:
+        if view.alive(time.time()):
             return None
         if silent_since is None:
             return now

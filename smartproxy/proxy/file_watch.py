@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 
+from smartproxy.errors import StateError
 from smartproxy.state.store import Store
 
 #: how often it is looked whether the file has moved, while somebody waits; a look costs 10 us
@@ -24,7 +24,7 @@ class Moves:
     def version(self) -> int:
         """Return a number for what the file holds now; read it before what you look for.
 
-        Raises sqlite3.Error.
+        Raises StateError.
         """
         return self._store.data_version()
 
@@ -50,7 +50,7 @@ class Moves:
         while self._waiters:
             try:
                 version = self._store.data_version()
-            except sqlite3.Error:
+            except StateError:
                 version = -1  # who wakes finds out
             if version != self._seen:
                 self._seen = version

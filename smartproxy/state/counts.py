@@ -7,18 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from smartproxy.state.store import Row, Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
-    """One total; label is what the name divides it by (schema.py), "" where it does not."""
+    """One total; label is what the name divides it by (tables.sql), "" where it does not."""
 
     name: str
     model_id: str
     label: str
     value: float
+
+    @classmethod
+    def from_row(cls, row: Row) -> Self:
+        """Return what a row of `counts` says."""
+        return cls(**row)
 
 
 def add_requests(store: Store, answered: Mapping[tuple[str, str], int]) -> None:
@@ -47,14 +53,7 @@ def totals(store: Store) -> list[Count]:
         "SELECT name, model_id, label, value FROM counts UNION ALL"
         " SELECT 'requests', model_id, code, value FROM request_counts ORDER BY 1, 2, 3"
     )
-    return [_count(row) for row in rows]
-
-
-def _count(row: Row) -> Count:
-    return Count(name=row["name"], model_id=row["model_id"], label=row["label"], value=row["value"])
-
-
-# --- recent use: the manager's, for choosing who makes room ----------------------------------
+    return [Count.from_row(row) for row in rows]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +66,17 @@ class Use:
     #: the totals up to which it is counted
     total_requests: float
     total_tokens: float
+
+    @classmethod
+    def from_row(cls, row: Row) -> Self:
+        """Return what a row of `uses` says."""
+        return cls(
+            at=row["counted_at"],
+            requests=row["requests"],
+            tokens=row["tokens"],
+            total_requests=row["total_requests"],
+            total_tokens=row["total_tokens"],
+        )
 
 
 def use_totals(store: Store) -> dict[str, tuple[float, float]]:
@@ -83,16 +93,7 @@ def use_totals(store: Store) -> dict[str, tuple[float, float]]:
 
 def uses(store: Store) -> dict[str, Use]:
     """Return the recent use of each model as last written."""
-    return {
-        row["model_id"]: Use(
-            at=row["counted_at"],
-            requests=row["requests"],
-            tokens=row["tokens"],
-            total_requests=row["total_requests"],
-            total_tokens=row["total_tokens"],
-        )
-        for row in store.read("SELECT * FROM uses")
-    }
+    return {row["model_id"]: Use.from_row(row) for row in store.read("SELECT * FROM uses")}
 
 
 def write_uses(store: Store, changed: Mapping[str, Use]) -> None:

@@ -1,35 +1,25 @@
-"""What workers want: demands (ask, answer, expire) and leases (take, renew, release, expire).
+"""What workers want of the manager, its answers, and what each waiting model waits for.
 
-Workers write here; the manager answers demands and clears what dead workers left.
+Workers ask and withdraw; the manager answers, and says what is waited for. Demands are renewed and
+expire together with leases (leases.py).
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from smartproxy.errors import QueueFull
-from smartproxy.state.store import Store
+from smartproxy.state.events import add_event
+from smartproxy.state.leases import HOLD_S
+from smartproxy.state.sql import LIVE, columns
+from smartproxy.state.store import Row, Store
 
-#: seconds a lease or demand outlives its last renewal; a killed worker pins nothing for longer
-HOLD_S = 20.0
-#: seconds between renewals
-RENEW_S = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """What a worker needs to know of a live server."""
-
-    server_id: int
-    model_id: str
-    state: str
-    host: str
-    port: int
-    api_key: str
+#: how many requests wait for a model to load
+WAITING = "SELECT count(*) AS requests FROM demands WHERE kind = 'load' AND answered_at IS NULL"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,76 +28,56 @@ class Answer:
 
     error_code: str | None
     message: str | None
+    #: what a question was answered with
     answer: dict[str, Any] | None
+
+    @classmethod
+    def from_row(cls, row: Row) -> Self:
+        """Return the answer in a row of `demands`."""
+        text = row["answer"]
+        return cls(
+            error_code=row["error_code"],
+            message=row["message"],
+            answer=json.loads(text) if text else None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ManagerView:
-    """What a worker sees of the manager."""
+class Demand:
+    """What a worker asked for: a load, an unload or a plan."""
 
-    pid: int | None
-    heartbeat_at: float | None
-    stopping: bool
-    generation: int
+    id: int
+    kind: str
+    model_id: str
+    #: asked for by a person through the API, not by a request: overrides the back-off
+    explicit: bool
+    #: Unix seconds
+    asked_at: float
 
-
-# --- workers ---------------------------------------------------------------------------------
-
-
-def manager_view(store: Store) -> ManagerView:
-    """Return the manager's row."""
-    row = store.one("SELECT pid, heartbeat_at, stopping, generation FROM manager WHERE id = 1")
-    assert row is not None  # inserted by the first migration
-    return ManagerView(
-        pid=row["pid"],
-        heartbeat_at=row["heartbeat_at"],
-        # without a process it is what an earlier stop left behind
-        stopping=bool(row["stopping"]) and row["pid"] is not None,
-        generation=row["generation"],
-    )
+    @classmethod
+    def from_row(cls, row: Row) -> Self:
+        """Return what a row of `demands` asks for."""
+        values = {**row, "explicit": bool(row["explicit"])}
+        return cls(**values)
 
 
-def routes(store: Store) -> dict[str, Route]:
-    """Return the live servers by model."""
-    rows = store.read(
-        "SELECT id, model_id, state, host, port, api_key FROM servers"
-        " WHERE state IN ('starting', 'ready', 'draining', 'stopping')"
-    )
-    return {
-        row["model_id"]: Route(
-            server_id=row["id"],
-            model_id=row["model_id"],
-            state=row["state"],
-            host=row["host"],
-            port=row["port"],
-            api_key=row["api_key"],
-        )
-        for row in rows
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingModel:
+    """A model that requests wait for."""
 
+    model_id: str
+    requests: int
+    #: seconds of the longest wait
+    waiting_s: float
+    #: of its server; "unloaded" without one
+    state: str
+    #: what it waits for, or why its server is in its state; None before the manager has looked
+    reason: str | None
 
-def take_lease(store: Store, worker_id: str, server_id: int, *, now: float) -> bool:
-    """Mark this worker as using a server, if it is still ready. False = it is not."""
-    with store.write() as connection:
-        cursor = connection.execute(
-            "INSERT INTO leases (worker_id, server_id, in_flight, taken_at, last_used_at,"
-            " expires_at) SELECT ?, id, 1, ?, ?, ? FROM servers WHERE id = ? AND state = 'ready'"
-            " ON CONFLICT (worker_id, server_id) DO UPDATE SET in_flight = 1,"
-            " taken_at = excluded.taken_at, last_used_at = excluded.last_used_at,"
-            " expires_at = excluded.expires_at",
-            (worker_id, now, now, now + HOLD_S, server_id),
-        )
-        return cursor.rowcount > 0
-
-
-def release_lease(store: Store, worker_id: str, server_id: int, *, last_used_at: float) -> None:
-    """Say that nothing of this worker is in flight on a server any more."""
-    with store.write() as connection:
-        connection.execute(
-            "UPDATE leases SET in_flight = 0, last_used_at = ?"
-            " WHERE worker_id = ? AND server_id = ?",
-            (last_used_at, worker_id, server_id),
-        )
+    @classmethod
+    def from_row(cls, row: Row) -> Self:
+        """Return what a row of `waiting` says."""
+        return cls(**row)
 
 
 def ask(
@@ -135,9 +105,7 @@ def ask(
 
 
 def _check_queue(connection: sqlite3.Connection, max_queue: int) -> None:
-    waiting = connection.execute(
-        "SELECT count(*) FROM demands WHERE kind = 'load' AND answered_at IS NULL"
-    ).fetchone()[0]
+    waiting = connection.execute(WAITING).fetchone()[0]
     if waiting >= max_queue:
         raise QueueFull(
             f"{waiting} requests already wait for a model to load (max_queue is {max_queue});"
@@ -154,14 +122,7 @@ def read_answers(store: Store, demand_ids: Iterable[int]) -> dict[int, Answer]:
         f" WHERE answered_at IS NOT NULL AND id IN ({marks})",
         ids,
     )
-    return {
-        row["id"]: Answer(
-            error_code=row["error_code"],
-            message=row["message"],
-            answer=json.loads(row["answer"]) if row["answer"] else None,
-        )
-        for row in rows
-    }
+    return {row["id"]: Answer.from_row(row) for row in rows}
 
 
 def withdraw(store: Store, demand_ids: Iterable[int]) -> None:
@@ -170,55 +131,12 @@ def withdraw(store: Store, demand_ids: Iterable[int]) -> None:
         connection.executemany("DELETE FROM demands WHERE id = ?", [(id_,) for id_ in demand_ids])
 
 
-def renew(store: Store, worker_id: str, *, now: float) -> None:
-    """Push the expiry of all that this worker holds and waits for."""
-    with store.write() as connection:
-        connection.execute(
-            "UPDATE leases SET expires_at = ?, last_used_at = ?"
-            " WHERE worker_id = ? AND in_flight = 1",
-            (now + HOLD_S, now, worker_id),
-        )
-        connection.execute(
-            "UPDATE demands SET expires_at = ? WHERE worker_id = ? AND answered_at IS NULL",
-            (now + HOLD_S, worker_id),
-        )
-
-
-def forget_worker(store: Store, worker_id: str) -> None:
-    """Delete all rows of a worker that ends in order."""
-    with store.write() as connection:
-        connection.execute("DELETE FROM leases WHERE worker_id = ?", (worker_id,))
-        connection.execute("DELETE FROM demands WHERE worker_id = ?", (worker_id,))
-
-
-# --- the manager -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    id: int
-    kind: str
-    model_id: str
-    explicit: bool
-    asked_at: float
-
-
 def open_demands(store: Store) -> list[Demand]:
     """Return unanswered demands, oldest first."""
     rows = store.read(
-        "SELECT id, kind, model_id, explicit, asked_at FROM demands"
-        " WHERE answered_at IS NULL ORDER BY asked_at, id"
+        f"SELECT {columns(Demand)} FROM demands WHERE answered_at IS NULL ORDER BY asked_at, id"
     )
-    return [
-        Demand(
-            id=row["id"],
-            kind=row["kind"],
-            model_id=row["model_id"],
-            explicit=bool(row["explicit"]),
-            asked_at=row["asked_at"],
-        )
-        for row in rows
-    ]
+    return [Demand.from_row(row) for row in rows]
 
 
 def answer(
@@ -240,27 +158,42 @@ def answer(
         )
 
 
-def workers_seen(store: Store) -> set[str]:
-    """Return the ids of all workers that hold or want anything."""
-    rows = store.read("SELECT worker_id FROM leases UNION SELECT worker_id FROM demands")
-    return {row["worker_id"] for row in rows}
+def waiting_requests(store: Store) -> int:
+    """Return how many requests wait for a model to load."""
+    row = store.one(WAITING)
+    assert row is not None  # a count always has a row
+    number: int = row["requests"]
+    return number
 
 
-def clear_expired(store: Store, *, now: float, dead_workers: Iterable[str] = ()) -> None:
-    """Delete what nobody renews, and what workers held that are known to be gone.
+def waiting_models(store: Store) -> list[WaitingModel]:
+    """Return the models that requests wait for, longest first."""
+    rows = store.read(
+        "SELECT l.model AS model_id, l.requests, l.waiting_s, l.state,"
+        " coalesce(nullif(l.waits_for, ''), s.reason) AS reason"
+        " FROM loads l LEFT JOIN servers s ON s.model_id = l.model"
+        f" AND s.state IN {LIVE} ORDER BY l.waiting_s DESC"
+    )
+    return [WaitingModel.from_row(row) for row in rows]
 
-    The last use of a deleted lease is kept on its server, for choosing victims.
+
+def set_waits(
+    store: Store, waits: Mapping[str, str], *, now: float, data: Mapping[str, Any]
+) -> None:
+    """Say what each waiting model waits for; models not named wait no more.
+
+    The first reason of each is an event too. data: what it says besides.
     """
-    gone = [(worker,) for worker in dead_workers]
+    known = {row["model_id"]: row["reason"] for row in store.read("SELECT * FROM waits")}
+    if known == dict(waits):
+        return
     with store.write() as connection:
-        connection.executemany("UPDATE leases SET expires_at = 0 WHERE worker_id = ?", gone)
-        connection.executemany("DELETE FROM demands WHERE worker_id = ?", gone)
-        connection.execute("DELETE FROM demands WHERE expires_at < ?", (now,))
-        stale = "(in_flight = 1 AND expires_at < :now) OR expires_at < :now - 3600"
-        connection.execute(
-            "UPDATE servers SET last_used_at = max(last_used_at, (SELECT max(last_used_at)"
-            f" FROM leases WHERE server_id = servers.id AND ({stale})))"
-            f" WHERE id IN (SELECT server_id FROM leases WHERE {stale})",
-            {"now": now},
+        for model_id in known.keys() - waits.keys():
+            connection.execute("DELETE FROM waits WHERE model_id = ?", (model_id,))
+        connection.executemany(
+            "INSERT INTO waits (model_id, reason, since) VALUES (?, ?, ?)"
+            " ON CONFLICT (model_id) DO UPDATE SET reason = excluded.reason",
+            [(model_id, reason, now) for model_id, reason in waits.items()],
         )
-        connection.execute(f"DELETE FROM leases WHERE {stale}", {"now": now})
+        for model_id in waits.keys() - known.keys():
+            add_event(connection, now, "load", waits[model_id], model_id=model_id, data=data)

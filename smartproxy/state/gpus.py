@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from dataclasses import dataclass
+from typing import Self
 
 from smartproxy.state.events import add_event
+from smartproxy.state.sql import LIVE, columns
 from smartproxy.state.store import Row, Store
-from smartproxy.types import LIVE_STATES, Gpu, GpuSnapshot, GpuState
+from smartproxy.types import Gpu, GpuSnapshot, GpuState
 
-LIVE = "({})".format(", ".join(f"'{state.value}'" for state in sorted(LIVE_STATES)))
 #: GPUs that a live server has a part of
 HELD = (
     "SELECT a.gpu_uuid FROM assignments a JOIN servers s ON s.id = a.server_id"
@@ -29,6 +31,75 @@ UPSERT = (
     " ON CONFLICT (uuid) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS[1:])
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuRow:
+    """A GPU as it was last seen."""
+
+    uuid: str
+    #: NVML's number
+    gpu_index: int
+    name: str
+    pci_bus_id: str
+    state: GpuState
+    #: why it can't be read; None = healthy
+    error: str | None
+    total_bytes: int
+    free_bytes: int
+    used_bytes: int
+    #: 0-100
+    utilization: float
+    temperature_c: float | None
+    power_w: float | None
+    compute_capability: str | None
+    #: a slice of a card
+    mig: bool
+    #: what a server is charged beside its buffers; None while nothing is learned
+    overhead_bytes: int | None
+    #: Unix seconds
+    state_changed_at: float
+
+    @classmethod
+    def from_row(cls, row: Row) -> Self:
+        """Return what a row of `gpus` says."""
+        values = {**row, "state": GpuState(row["state"]), "mig": bool(row["mig"])}
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuProcessRow:
+    """A process that has memory on a GPU."""
+
+    gpu_uuid: str
+    pid: int
+    name: str | None
+    #: None where the driver does not say
+    used_bytes: int | None
+    #: of a server of ours; None for somebody else's process
+    server_id: int | None
+    #: of that server
+    model_id: str | None
+
+    @classmethod
+    def from_row(cls, row: Row) -> Self:
+        """Return what a row of `gpu_processes`, joined with its server, says."""
+        return cls(**row)
+
+
+def gpus(store: Store) -> list[GpuRow]:
+    """Return the GPUs as last seen, in NVML's order."""
+    rows = store.read(f"SELECT {columns(GpuRow)} FROM gpus ORDER BY gpu_index")
+    return [GpuRow.from_row(row) for row in rows]
+
+
+def processes(store: Store) -> list[GpuProcessRow]:
+    """Return who had memory on which GPU at the last look, by pid."""
+    rows = store.read(
+        "SELECT p.gpu_uuid, p.pid, p.name, p.used_bytes, p.server_id, s.model_id"
+        " FROM gpu_processes p LEFT JOIN servers s ON s.id = p.server_id ORDER BY p.pid"
+    )
+    return [GpuProcessRow.from_row(row) for row in rows]
 
 
 def mark_assigned(connection: sqlite3.Connection, server_id: int, *, now: float) -> None:

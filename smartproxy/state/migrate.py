@@ -1,5 +1,6 @@
-"""Make state.db, or bring an older one up to date. The manager's part: workers never import this,
-nor what it takes.
+"""Make state.db, or bring an older one up to date. What its tables hold is in tables.sql.
+
+The manager's part: workers never import this, nor what it takes.
 """
 
 from __future__ import annotations
@@ -7,18 +8,23 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 
-from sqlite_utils import Database
+from sqlite_utils import Database, Migrations
 
-from smartproxy.state.schema import migrations
+from smartproxy.errors import StateError
 from smartproxy.state.store import Store, connect
+
+migrations = Migrations("smartproxy")
 
 
 def create(path: Path) -> tuple[Store, str | None]:
     """Open the state file, making or migrating it; only the manager calls this.
 
-    Returns the store, and a sentence for the log when an unreadable file was set aside.
+    Returns the store, and a sentence for the log when an unreadable file was set aside. Raises
+    StateError while another process holds its lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     complaint = None
@@ -26,7 +32,7 @@ def create(path: Path) -> tuple[Store, str | None]:
         _prepare(path)
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-            raise
+            raise StateError(f"{path}: {error}") from error
         aside = _set_aside(path)
         complaint = f"state file {path} can't be used ({error}): set aside as {aside}, made anew"
         _prepare(path)
@@ -57,3 +63,26 @@ def _set_aside(path: Path) -> str:
         if part.exists():
             part.rename(aside.with_name(aside.name + suffix))
     return aside.name
+
+
+@migrations(name="0001_tables")
+def tables(db: Database) -> None:
+    """Create tables, triggers and views.
+
+    Fails in a file of before the first release, whose migrations had other names: it is made anew.
+    """
+    script = resources.files(__package__).joinpath("tables.sql").read_text(encoding="utf-8")
+    for statement in statements(script):
+        db.execute(statement)
+
+
+def statements(script: str) -> Iterator[str]:
+    """Yield the statements of a script one by one; executescript would commit the transaction."""
+    lines: list[str] = []
+    for line in script.splitlines(keepends=True):
+        lines.append(line)
+        text = "".join(lines)
+        # a trigger's inner statements end with a semicolon too
+        if line.rstrip().endswith(";") and sqlite3.complete_statement(text):
+            yield text
+            lines = []

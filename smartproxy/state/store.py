@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from smartproxy.errors import StateError, StateRefused
+
 #: seconds a writer waits for another; writes take well under a millisecond each
 BUSY_TIMEOUT_S = 10.0
 #: pages after which a writer moves the WAL back into the file (4 MB)
@@ -64,6 +66,17 @@ class Owned:
     __del__ = close
 
 
+@contextmanager
+def our_errors() -> Iterator[None]:
+    """Raise StateError for SQLite's errors; StateRefused where a rule of the file was broken."""
+    try:
+        yield
+    except sqlite3.IntegrityError as error:
+        raise StateRefused(str(error)) from error
+    except sqlite3.Error as error:
+        raise StateError(str(error)) from error
+
+
 class Store:
     """The state file. Safe to share between threads and to carry over a fork.
 
@@ -84,10 +97,12 @@ class Store:
         self._log_path = path.with_name(path.name + "-wal")
         self._trim_not_before = 0.0
 
+    @our_errors()
     def read(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
-        """Return all rows of one SELECT."""
+        """Return all rows of one SELECT. Raises StateError, as all of the store's methods do."""
         return self.connection().execute(sql, values).fetchall()
 
+    @our_errors()
     def one(self, sql: str, values: Sequence[Any] = ()) -> Row | None:
         """Return the first row of one SELECT, or None."""
         row: Row | None = self.connection().execute(sql, values).fetchone()
@@ -99,15 +114,16 @@ class Store:
 
         Never spawn, probe over HTTP or call NVML inside: everybody else waits meanwhile.
         """
-        connection = self.connection()
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
-        self._bound_log(connection)
+        with our_errors():
+            connection = self.connection()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+            self._bound_log(connection)
 
     def _bound_log(self, connection: sqlite3.Connection) -> None:
         try:
@@ -124,6 +140,7 @@ class Store:
         now = time.monotonic()
         self._trim_not_before = now + (now - began) * TRIM_REST
 
+    @our_errors()
     def data_version(self) -> int:
         """Return a number that moves when another connection has written. Costs microseconds."""
         version: int = self.connection().execute("PRAGMA data_version").fetchone()[0]
@@ -153,6 +170,7 @@ class Store:
         """
         close_every(self._all_open)
 
+    @our_errors()
     def moved(self) -> bool:
         """Return whether the file that this thread has open is no longer the one at its path."""
         self.connection()

@@ -16,12 +16,11 @@ from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config.load import load_settings
 from smartproxy.lifetime import owned_processes
 from smartproxy.llama import binary
-from smartproxy.manager import act, snapshot
-from smartproxy.manager import use as recent_use
+from smartproxy.manager.__main__ import make_manager
 from smartproxy.manager.bring_down import take_down
 from smartproxy.manager.bring_up import free_port as free_port_of
-from smartproxy.manager.context import Manager
-from smartproxy.planner.plan import plan
+from smartproxy.manager.context import Tools
+from smartproxy.manager.tick import Manager, tick
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import migrate
 from smartproxy.state import servers as server_rows
@@ -33,16 +32,18 @@ def manager_of(folder: Path, threads: ThreadPoolExecutor, **settings_: Any) -> M
     settings = load_settings(Proxy(folder, {"m": fake_model()}, **settings_).config_path)
     path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
     state, _ = migrate.create(settings.state_dir / "state.db")
-    return Manager(
+    tools = Tools(
         settings=settings,
         catalog=build_catalog(settings),
         store=state,
         binary=binary.inspect(path, library_dir, os.environ),
         threads=threads,
         poke=lambda: None,
-        recent=recent_use.load(state, time.time()),
-        gpus=GpuSnapshot(gpus=(), observed_at=time.time(), reason="none here"),
+        stopping=threading.Event(),
     )
+    manager = make_manager(tools)
+    manager.loading.view.seen = GpuSnapshot(gpus=(), observed_at=time.time(), reason="none here")
+    return manager
 
 
 def test_a_server_stopped_before_its_process_began_leaves_none_behind(tmp_path: Path) -> None:
@@ -50,23 +51,25 @@ def test_a_server_stopped_before_its_process_began_leaves_none_behind(tmp_path: 
         manager, go_on = manager_of(tmp_path, threads), threading.Event()
         threads.submit(go_on.wait)  # the start has to queue
         now = time.time()
-        demand_rows.ask(manager.store, "load", "m", "worker", now=now)
-        demands = demand_rows.open_demands(manager.store)
-        act.carry_out(manager, plan(snapshot.snapshot(manager, demands, now)), demands, now)
-        [row] = server_rows.live_servers(manager.store)
+        store = manager.tools.store
+        demand_rows.ask(store, "load", "m", "worker", now=now)
+        tick(manager, now)
+        [row] = server_rows.live_servers(store)
         assert server_rows.transition(
-            manager.store,
-            row["id"],
+            store,
+            row.id,
             ServerState.STARTING,
             ServerState.STOPPING,
             now=now,
             reason="a full stop",
         )
-        take_down(manager, row["id"])
+        take_down(manager.loading, row.id)
         go_on.set()
-    wait_until(lambda: not owned_processes(str(manager.settings.state_dir)), what="no process left")
-    assert manager.children == {}
-    assert server_rows.server(manager.store, row["id"])["state"] == ServerState.STOPPED
+    wait_until(
+        lambda: not owned_processes(str(manager.tools.settings.state_dir)), what="no process left"
+    )
+    assert manager.loading.children.snapshot() == {}
+    assert server_rows.server(store, row.id).state == ServerState.STOPPED
 
 
 @contextmanager
@@ -92,8 +95,8 @@ def test_server_gets_a_port_of_the_range_also_below_one_that_was_taken(tmp_path:
         pool = {"size": 2, "port_start": ports[0]}
         manager = manager_of(tmp_path, threads, server_pool=pool)
         sockets[3].close()
-        assert free_port_of(manager) == ports[3]
-        assert free_port_of(manager, after=ports[-1]) == ports[3]
+        assert free_port_of(manager.tools) == ports[3]
+        assert free_port_of(manager.tools, after=ports[-1]) == ports[3]
 
 
 def test_load_without_a_port_fails_with_the_range_and_who_has_it(tmp_path: Path) -> None:
@@ -102,11 +105,12 @@ def test_load_without_a_port_fails_with_the_range_and_who_has_it(tmp_path: Path)
         pool = {"size": 2, "port_start": ports[0]}
         manager = manager_of(tmp_path, threads, server_pool=pool)
         now = time.time()
-        demand_rows.ask(manager.store, "load", "m", "worker", now=now)
-        demands = demand_rows.open_demands(manager.store)
-        act.carry_out(manager, plan(snapshot.snapshot(manager, demands, now)), demands, now)
-        assert server_rows.live_servers(manager.store) == []
-    assert manager.failures["m"].message == (
+        demand_rows.ask(manager.tools.store, "load", "m", "worker", now=now)
+        tick(manager, now)
+        assert server_rows.live_servers(manager.tools.store) == []
+    failure = manager.loading.failures.get("m")
+    assert failure is not None
+    assert failure.message == (
         f"model 'm': no free port for its server among {ports[0]}-{ports[-1]} (size 2 and 16 more"
         " from server_pool.port_start on): 0 have servers of ours, 18 are in use by others; end"
         " those, or change port_start"

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from smartproxy.state import demands as demand_rows
+from smartproxy.state import leases
 from smartproxy.state.migrate import create
 from smartproxy.state.store import WAL_LIMIT_BYTES, Store
 
@@ -36,7 +37,7 @@ def test_the_log_stays_small_while_workers_write_and_read(tmp_path: Path) -> Non
         own = Store(store.path)
         while not done.is_set():
             demand_rows.open_demands(own)
-            demand_rows.routes(own)
+            leases.routes(own)
         own.close()
 
     with ThreadPoolExecutor(WRITERS + 1) as pool:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import atexit
 import logging
-import sqlite3
 import threading
 from collections import Counter
 
+from smartproxy.errors import StateError
 from smartproxy.state import counts
 from smartproxy.state.store import Store
 
@@ -61,7 +61,7 @@ class RequestCounts:
                 return
             try:
                 counts.add_requests(self._store, new)
-            except sqlite3.Error as error:
+            except StateError as error:
                 logger.debug("request counts not written: %s", error)
                 with self._lock:
                     self._new += new

@@ -12,8 +12,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from smartproxy.state import counts
+from smartproxy.state import gpus as gpu_rows
 from smartproxy.state import servers as server_rows
-from smartproxy.state.store import Row, Store
+from smartproxy.state.assignments import AssignmentRow, assignments, reserved_bytes
+from smartproxy.state.demands import waiting_requests
+from smartproxy.state.manager_row import manager_row
+from smartproxy.state.server_row import LiveServer
+from smartproxy.state.store import Store
 from smartproxy.types import GpuState
 
 #: the server or GPU that stands for main memory
@@ -21,7 +26,7 @@ HOST = "host"
 
 
 def text(store: Store) -> bytes:
-    """Return the exposition, format 0.0.4; raises sqlite3.Error."""
+    """Return the exposition, format 0.0.4; raises StateError."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Once([*gpus(store), *servers(store), *totals(store), *manager(store)]))
     return generate_latest(registry)
@@ -48,28 +53,30 @@ def gpus(store: Store) -> Iterator[Metric]:
         labels=["gpu", "uuid", "kind"],
     )
     readings = {
-        "utilization": ("utilization_percent", "Utilisation, 0 to 100."),
-        "temperature_c": ("temperature_celsius", "Temperature, where the card has a sensor."),
-        "power_w": ("power_watts", "Power draw, where the card tells."),
+        "utilization_percent": "Utilisation, 0 to 100.",
+        "temperature_celsius": "Temperature, where the card has a sensor.",
+        "power_watts": "Power draw, where the card tells.",
     }
-    families = {
-        column: GaugeMetricFamily(f"smartproxy_gpu_{name}", told, labels=["gpu", "uuid"])
-        for column, (name, told) in readings.items()
-    }
-    reserved = server_rows.reserved_bytes(store)
-    for row in store.read("SELECT * FROM gpus ORDER BY gpu_index"):
-        labels = [str(row["gpu_index"]), row["uuid"]]
-        healthy = row["state"] != GpuState.ERROR
+    families = [
+        GaugeMetricFamily(f"smartproxy_gpu_{name}", told, labels=["gpu", "uuid"])
+        for name, told in readings.items()
+    ]
+    reserved = reserved_bytes(store)
+    for row in gpu_rows.gpus(store):
+        labels = [str(row.gpu_index), row.uuid]
+        healthy = row.state != GpuState.ERROR
         up.add_metric(labels, healthy)
-        memory.add_metric([*labels, "reserved"], reserved.get(row["uuid"], 0))
+        memory.add_metric([*labels, "reserved"], reserved.get(row.uuid, 0))
         if not healthy:
             continue
-        for kind in ("total", "used", "free"):
-            memory.add_metric([*labels, kind], row[f"{kind}_bytes"])
-        for column, family in families.items():
-            if row[column] is not None:
-                family.add_metric(labels, row[column])
-    yield from (up, memory, *families.values())
+        memory.add_metric([*labels, "total"], row.total_bytes)
+        memory.add_metric([*labels, "used"], row.used_bytes)
+        memory.add_metric([*labels, "free"], row.free_bytes)
+        figures = (row.utilization, row.temperature_c, row.power_w)
+        for family, figure in zip(families, figures, strict=True):
+            if figure is not None:
+                family.add_metric(labels, figure)
+    yield from (up, memory, *families)
 
 
 def servers(store: Store) -> Iterator[Metric]:
@@ -87,30 +94,32 @@ def servers(store: Store) -> Iterator[Metric]:
     slots = GaugeMetricFamily(
         "smartproxy_server_slots", "Slots of a loaded model.", labels=["model", "kind"]
     )
-    shares = server_rows.assignments(store)
+    shares = assignments(store)
     for row in server_rows.live_servers(store):
-        model = row["model_id"]
-        for gpu, size in _parts(row, shares.get(row["id"], [])):
+        model = row.model_id
+        for gpu, size in _parts(row, shares.get(row.id, [])):
             for kind, value in size.items():
                 if value is not None:
                     memory.add_metric([model, gpu, kind], value)
-        if row["slots_total"] is not None:
-            processing.add_metric([model], row["requests_processing"])
-            slots.add_metric([model, "total"], row["slots_total"])
-            slots.add_metric([model, "busy"], row["slots_busy"])
+        if row.slots_total is not None:
+            processing.add_metric([model], row.requests_processing or 0)
+            slots.add_metric([model, "total"], row.slots_total)
+            slots.add_metric([model, "busy"], row.slots_busy or 0)
     yield from (memory, processing, slots)
 
 
-def _parts(row: Row, shares: list[Row]) -> Iterator[tuple[str, dict[str, int | None]]]:
+def _parts(
+    row: LiveServer, shares: list[AssignmentRow]
+) -> Iterator[tuple[str, dict[str, int | None]]]:
     """Yield where a server has memory, and the bytes estimated and measured there."""
     for share in shares:
         yield (
-            str(share["gpu_index"]),
-            {"estimated": share["estimated_bytes"], "measured": share["measured_bytes"]},
+            str(share.gpu_index),
+            {"estimated": share.estimated_bytes, "measured": share.measured_bytes},
         )
     yield (
         HOST,
-        {"estimated": row["host_estimated_bytes"], "measured": row["host_measured_bytes"]},
+        {"estimated": row.host_estimated_bytes, "measured": row.host_measured_bytes},
     )
 
 
@@ -151,19 +160,15 @@ def manager(store: Store) -> Iterator[Metric]:
         "Seconds from start to ready of a model's last load.",
         labels=["model"],
     )
-    for row in store.read(
-        "SELECT model_id, load_s, max(id) FROM servers WHERE load_s IS NOT NULL GROUP BY model_id"
-    ):
-        load_s.add_metric([row["model_id"]], row["load_s"])
+    for model_id, seconds in server_rows.last_load_s(store).items():
+        load_s.add_metric([model_id], seconds)
     yield load_s
-    waiting = store.one(
-        "SELECT count(*) AS n FROM demands WHERE kind = 'load' AND answered_at IS NULL"
-    )
-    assert waiting is not None  # a count always has a row
     yield GaugeMetricFamily(
-        "smartproxy_queue_length", "Requests that wait for a model to load.", value=waiting["n"]
+        "smartproxy_queue_length",
+        "Requests that wait for a model to load.",
+        value=waiting_requests(store),
     )
-    decided = server_rows.manager_row(store)["decision_s"]
+    decided = manager_row(store).decision_s
     if decided is not None:
         yield GaugeMetricFamily(
             "smartproxy_decision_seconds",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
@@ -15,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from smartproxy.config.settings import Settings
 from smartproxy.entities import pool_status
-from smartproxy.errors import ManagerDown, ShuttingDown
+from smartproxy.errors import ManagerDown, ShuttingDown, StateError
 from smartproxy.proxy import auth
 from smartproxy.proxy.ensure import send_poke
 from smartproxy.proxy.pages import metrics, status, tables, view
@@ -51,7 +50,7 @@ def blueprint(settings: Settings, store: Store, counting: RequestCounts) -> Blue
         counting.write()
         try:
             text = metrics.text(store)
-        except sqlite3.Error as error:
+        except StateError as error:
             raise ManagerDown(f"the state file can't be read: {error}") from None
         return Response(text, content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
@@ -79,7 +78,7 @@ def _read(build: Callable[[], dict[str, Any]], nothing: dict[str, Any]) -> dict[
     """Return build(), or what can be said without a state file: a worker is up, no more."""
     try:
         return build()
-    except sqlite3.Error as error:
+    except StateError as error:
         return {
             "status": "degraded",
             "reasons": [f"the state file can't be read: {error}"],

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 
-from smartproxy.planner.types import GpuShare
 from smartproxy.proxy.pages import metrics
 from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.state import counts
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import servers as server_rows
+from smartproxy.state.assignments import NewAssignment
+from smartproxy.state.manager_row import update_manager
 from smartproxy.state.migrate import create
+from smartproxy.state.server_row import NewServer, ServerColumns
 from smartproxy.state.store import Store
 from smartproxy.types import GIB, ServerState
 from tests.support.samples import Samples, parsed, value
@@ -44,21 +47,27 @@ def add_gpu(store: Store, index: int, *, error: str | None = None) -> None:
         )
 
 
-def add_server(store: Store, model: str, port: int, **columns: object) -> int:
+def add_server(store: Store, model: str, port: int) -> int:
     return server_rows.insert_server(
         store,
-        {
-            **{"model_id": model, "port": port, "api_key": "", "command": "[]"},
-            **{"log_path": "", "settings_key": "", "host_estimated_bytes": 7},
-            **columns,
-        },
-        [GpuShare(uuid="GPU-0", index=0, bytes=3 * GIB)],
+        NewServer(
+            model_id=model,
+            port=port,
+            api_key="",
+            command="[]",
+            log_path="",
+            settings_key="",
+            host_estimated_bytes=7,
+        ),
+        [NewAssignment(gpu_uuid="GPU-0", gpu_index=0, estimated_bytes=3 * GIB)],
         now=1.0,
         reason="a test",
     )
 
 
-def move(store: Store, server_id: int, before: str, after: str, **columns: object) -> None:
+def move(
+    store: Store, server_id: int, before: str, after: str, **columns: Unpack[ServerColumns]
+) -> None:
     moved = server_rows.transition(
         store,
         server_id,
@@ -66,7 +75,7 @@ def move(store: Store, server_id: int, before: str, after: str, **columns: objec
         ServerState(after),
         now=2.0,
         reason="a test",
-        columns=columns,
+        **columns,
     )
     assert moved
 
@@ -99,9 +108,7 @@ def test_a_server_has_its_memory_by_gpu_and_on_the_host(store: Store) -> None:
     server_id = add_server(store, "m", 9000)
     with store.write() as connection:
         connection.execute("UPDATE assignments SET measured_bytes = 5")
-    server_rows.update_server(
-        store, server_id, {"requests_processing": 2, "slots_total": 4, "slots_busy": 3}
-    )
+    server_rows.update_server(store, server_id, requests_processing=2, slots_total=4, slots_busy=3)
     samples = seen(store)
     assert value(samples, "server_memory_bytes", model="m", gpu="0", kind="measured") == 5
     assert value(samples, "server_memory_bytes", model="m", gpu="0", kind="estimated") == 3 * GIB
@@ -139,8 +146,9 @@ def test_tokens_of_a_model_add_up_over_its_servers(store: Store) -> None:
     for tokens in ((10, 100), (10, 160)), ((0, 0), (5, 40)):
         server_id = add_server(store, "m", 9000)
         for prompt, predicted in tokens:
-            columns = {"prompt_tokens_total": prompt, "predicted_tokens_total": predicted}
-            server_rows.update_server(store, server_id, columns)
+            server_rows.update_server(
+                store, server_id, prompt_tokens_total=prompt, predicted_tokens_total=predicted
+            )
         move(store, server_id, "starting", "stopping")
         move(store, server_id, "stopping", "stopped")
     samples = seen(store)
@@ -182,7 +190,7 @@ def test_requests_that_could_not_be_written_are_written_later(tmp_path: Path) ->
 
 def test_the_time_of_the_last_decision_is_told_once_there_was_one(store: Store) -> None:
     assert value(seen(store), "decision_seconds") is None
-    server_rows.update_manager(store, {"decision_s": 0.002})
+    update_manager(store, decision_s=0.002)
     assert value(seen(store), "decision_seconds") == 0.002
 
 
@@ -191,12 +199,12 @@ def test_the_dashboard_knows_exactly_what_is_exposed(store: Store) -> None:
     with store.write() as connection:
         connection.execute("UPDATE gpus SET power_w = 1")
     server_id = add_server(store, "m", 9000)
-    told = {"requests_processing": 0, "slots_total": 4, "slots_busy": 0}
-    server_rows.update_server(store, server_id, {**told, "prompt_tokens_total": 0, "load_s": 1})
-    server_rows.update_server(store, server_id, {"predicted_tokens_total": 0})
+    server_rows.update_server(store, server_id, requests_processing=0, slots_total=4, slots_busy=0)
+    server_rows.update_server(store, server_id, prompt_tokens_total=0, load_s=1)
+    server_rows.update_server(store, server_id, predicted_tokens_total=0)
     move(store, server_id, "starting", "ready")
     counts.add_requests(store, {("m", "200"): 1})
-    server_rows.update_manager(store, {"decision_s": 0.002})
+    update_manager(store, decision_s=0.002)
     exposed = {name: set(dict(labels)) for name, labels in seen(store)}
     assert exposed == {name: set(labels) for name, labels in METRICS.items()}
 

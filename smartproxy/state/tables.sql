@@ -1,15 +1,8 @@
-"""The tables of state.db, who writes each, and the views a person reads (docs/state.md).
+-- The tables of state.db, who writes each, and the views a person reads (docs/state.md).
+--
+-- One writing side per column: W = workers, M = the manager. Times are Unix seconds, memory is
+-- bytes.
 
-One writing side per column: W = workers, M = the manager. Times are Unix seconds, memory is bytes.
-"""
-
-from __future__ import annotations
-
-from sqlite_utils import Database, Migrations
-
-migrations = Migrations("smartproxy")
-
-TABLES = """
 -- M: one row, the manager itself
 CREATE TABLE manager (
     id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -25,7 +18,9 @@ CREATE TABLE manager (
     driver_version TEXT,
     observed_at REAL,
     llama_server TEXT,
-    build TEXT
+    build TEXT,
+    -- how long the last decision took
+    decision_s REAL
 );
 INSERT INTO manager (id) VALUES (1);
 
@@ -90,6 +85,8 @@ CREATE TABLE assignments (
     -- withheld from placing: the estimate, then max(measured, estimate)
     reserved_bytes INTEGER NOT NULL,
     measured_bytes INTEGER,
+    -- what was free of the GPU when the server was given its share
+    free_bytes INTEGER,
     PRIMARY KEY (server_id, gpu_uuid)
 );
 
@@ -197,126 +194,6 @@ CREATE TABLE files (
     read_at REAL NOT NULL
 );
 
--- M: estimated against measured, one row per load and device ('host' for the host)
-CREATE TABLE measurements (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    at REAL NOT NULL,
-    model_id TEXT NOT NULL,
-    server_id INTEGER NOT NULL,
-    file_key TEXT NOT NULL,
-    settings_key TEXT NOT NULL,
-    device TEXT NOT NULL,
-    device_index INTEGER NOT NULL,
-    estimated_bytes INTEGER NOT NULL,
-    -- the server's own buffer lines
-    buffers_bytes INTEGER,
-    -- NVML's figure for its pid
-    process_bytes INTEGER,
-    UNIQUE (server_id, device)
-);
-CREATE INDEX measurements_by_settings ON measurements (settings_key, device_index);
-CREATE INDEX measurements_by_file ON measurements (file_key);
-"""
-
-VIEWS = """
-CREATE VIEW loads AS
-SELECT d.model_id AS model, count(*) AS requests,
-       round((julianday('now') - 2440587.5) * 86400.0 - min(d.asked_at), 1) AS waiting_s,
-       coalesce(s.state, 'unloaded') AS state,
-       w.reason AS waits_for
-FROM demands d
-LEFT JOIN servers s ON s.model_id = d.model_id
-     AND s.state IN ('starting', 'ready', 'draining', 'stopping')
-LEFT JOIN waits w ON w.model_id = d.model_id
-WHERE d.kind = 'load' AND d.answered_at IS NULL
-GROUP BY d.model_id;
-
-CREATE VIEW running AS
-SELECT s.id, s.model_id AS model, s.state, s.pid, s.port,
-       coalesce((SELECT group_concat(a.gpu_index, ',') FROM assignments a
-                 WHERE a.server_id = s.id), 'cpu') AS gpus,
-       round(s.estimated_bytes / 1073741824.0, 2) AS estimated_gb,
-       round(s.measured_bytes / 1073741824.0, 2) AS measured_gb,
-       s.context_size, round(s.load_s, 2) AS load_s,
-       (SELECT coalesce(sum(l.in_flight), 0) FROM leases l WHERE l.server_id = s.id) AS leased,
-       round((julianday('now') - 2440587.5) * 86400.0 - s.last_used_at, 1) AS idle_s,
-       s.reason
-FROM servers s
-WHERE s.state IN ('starting', 'ready', 'draining', 'stopping');
-
-CREATE VIEW log AS
-SELECT id, strftime('%Y-%m-%d %H:%M:%f', at, 'unixepoch', 'localtime') AS time, kind,
-       model_id AS model, server_id AS server, message
-FROM events;
-"""
-
-
-@migrations(name="0001_first")
-def first(db: Database) -> None:
-    """Create tables and views."""
-    for statement in _statements(TABLES) + _statements(VIEWS):
-        db.execute(statement)
-
-
-COUNTS = (
-    # M: what /metrics counts up, kept over restarts and when servers' rows are pruned
-    """
-    CREATE TABLE counts (
-        -- loads (label: ready, or the error's code), evictions, tokens (prompt, predicted)
-        name TEXT NOT NULL,
-        model_id TEXT NOT NULL DEFAULT '',
-        label TEXT NOT NULL DEFAULT '',
-        value REAL NOT NULL,
-        PRIMARY KEY (name, model_id, label)
-    ) WITHOUT ROWID
-    """,
-    # W: every worker adds what it answered since it last did; '' where no model was found
-    """
-    CREATE TABLE request_counts (
-        model_id TEXT NOT NULL,
-        -- HTTP status; nginx: it carries the bytes, and knows
-        code TEXT NOT NULL,
-        value INTEGER NOT NULL,
-        PRIMARY KEY (model_id, code)
-    ) WITHOUT ROWID
-    """,
-    # triggers, so that no way a load can end is forgotten
-    """
-    CREATE TRIGGER count_loads AFTER UPDATE OF state ON servers
-    WHEN OLD.state = 'starting' AND NEW.state IN ('ready', 'failed')
-    BEGIN
-        INSERT INTO counts (name, model_id, label, value)
-        VALUES ('loads', NEW.model_id,
-                iif(NEW.state = 'ready', 'ready', coalesce(NEW.error_code, 'failed')), 1)
-        ON CONFLICT DO UPDATE SET value = value + 1;
-    END
-    """,
-    # a server's own counters start at 0 with every process
-    """
-    CREATE TRIGGER count_tokens AFTER UPDATE OF predicted_tokens_total, prompt_tokens_total
-    ON servers WHEN NEW.predicted_tokens_total IS NOT NULL
-    BEGIN
-        INSERT INTO counts (name, model_id, label, value)
-        VALUES ('tokens', NEW.model_id, 'predicted',
-                max(0, NEW.predicted_tokens_total - coalesce(OLD.predicted_tokens_total, 0))),
-               ('tokens', NEW.model_id, 'prompt',
-                max(0, NEW.prompt_tokens_total - coalesce(OLD.prompt_tokens_total, 0)))
-        ON CONFLICT DO UPDATE SET value = value + excluded.value;
-    END
-    """,
-)
-
-
-@migrations(name="0002_counts")
-def counts(db: Database) -> None:
-    """Create what /metrics counts with."""
-    for statement in COUNTS:
-        db.execute(statement)
-
-
-LEARNING = """
-DROP TABLE measurements;
-
 -- M: estimated against measured, one row per load and device; written before the load with what
 -- is expected of it, filled when it is there
 CREATE TABLE measurements (
@@ -361,54 +238,86 @@ CREATE TABLE overheads (
     PRIMARY KEY (gpu_uuid, build)
 );
 
-CREATE VIEW accuracy AS
-SELECT datetime(at, 'unixepoch', 'localtime') AS time, model_id AS model, server_id AS server,
-       CASE device WHEN 'host' THEN 'host' ELSE 'gpu ' || device_index END AS device,
-       round(estimated_bytes / 1048576.0, 1) AS estimated_mb,
-       round((CASE device WHEN 'host' THEN buffers_bytes
-                          ELSE coalesce(process_bytes, buffers_bytes + overhead_bytes) END)
-             / 1048576.0, 1) AS measured_mb,
-       round(predicted_bytes / 1048576.0, 2) AS predicted_buffers_mb,
-       round(buffers_bytes / 1048576.0, 2) AS buffers_mb,
-       round((process_bytes - buffers_bytes) / 1048576.0, 1) AS overhead_mb
-FROM measurements WHERE buffers_bytes IS NOT NULL OR process_bytes IS NOT NULL
-ORDER BY id;
-"""
+-- M: what /metrics counts up, kept over restarts and when servers' rows are pruned
+CREATE TABLE counts (
+    -- loads (label: ready, or the error's code), evictions, tokens (prompt, predicted)
+    name TEXT NOT NULL,
+    model_id TEXT NOT NULL DEFAULT '',
+    label TEXT NOT NULL DEFAULT '',
+    value REAL NOT NULL,
+    PRIMARY KEY (name, model_id, label)
+) WITHOUT ROWID;
 
+-- W: every worker adds what it answered since it last did; '' where no model was found
+CREATE TABLE request_counts (
+    model_id TEXT NOT NULL,
+    -- HTTP status; nginx: it carries the bytes, and knows
+    code TEXT NOT NULL,
+    value INTEGER NOT NULL,
+    PRIMARY KEY (model_id, code)
+) WITHOUT ROWID;
 
-@migrations(name="0003_learning")
-def learning(db: Database) -> None:
-    """Keep with a measurement what it is to be compared with; nothing was ever in the old table."""
-    for statement in _statements(LEARNING):
-        db.execute(statement)
+-- M: how much each model was used lately (decaying counts), and up to which totals that counts
+CREATE TABLE uses (
+    model_id TEXT PRIMARY KEY,
+    requests REAL NOT NULL,
+    tokens REAL NOT NULL,
+    counted_at REAL NOT NULL,
+    total_requests REAL NOT NULL,
+    total_tokens REAL NOT NULL
+) WITHOUT ROWID;
 
+-- triggers, so that no way a load can end is forgotten
+CREATE TRIGGER count_loads AFTER UPDATE OF state ON servers
+WHEN OLD.state = 'starting' AND NEW.state IN ('ready', 'failed')
+BEGIN
+    INSERT INTO counts (name, model_id, label, value)
+    VALUES ('loads', NEW.model_id,
+            iif(NEW.state = 'ready', 'ready', coalesce(NEW.error_code, 'failed')), 1)
+    ON CONFLICT DO UPDATE SET value = value + 1;
+END;
 
-RECENT_USE = (
-    # M: how much each model was used lately (decaying counts), and up to which totals that counts
-    """
-    CREATE TABLE uses (
-        model_id TEXT PRIMARY KEY,
-        requests REAL NOT NULL,
-        tokens REAL NOT NULL,
-        counted_at REAL NOT NULL,
-        total_requests REAL NOT NULL,
-        total_tokens REAL NOT NULL
-    ) WITHOUT ROWID
-    """,
-    # M: how long the last decision took
-    "ALTER TABLE manager ADD COLUMN decision_s REAL",
-)
+-- a server's own counters start at 0 with every process
+CREATE TRIGGER count_tokens AFTER UPDATE OF predicted_tokens_total, prompt_tokens_total
+ON servers WHEN NEW.predicted_tokens_total IS NOT NULL
+BEGIN
+    INSERT INTO counts (name, model_id, label, value)
+    VALUES ('tokens', NEW.model_id, 'predicted',
+            max(0, NEW.predicted_tokens_total - coalesce(OLD.predicted_tokens_total, 0))),
+           ('tokens', NEW.model_id, 'prompt',
+            max(0, NEW.prompt_tokens_total - coalesce(OLD.prompt_tokens_total, 0)))
+    ON CONFLICT DO UPDATE SET value = value + excluded.value;
+END;
 
+CREATE VIEW loads AS
+SELECT d.model_id AS model, count(*) AS requests,
+       round((julianday('now') - 2440587.5) * 86400.0 - min(d.asked_at), 1) AS waiting_s,
+       coalesce(s.state, 'unloaded') AS state,
+       w.reason AS waits_for
+FROM demands d
+LEFT JOIN servers s ON s.model_id = d.model_id
+     AND s.state IN ('starting', 'ready', 'draining', 'stopping')
+LEFT JOIN waits w ON w.model_id = d.model_id
+WHERE d.kind = 'load' AND d.answered_at IS NULL
+GROUP BY d.model_id;
 
-@migrations(name="0004_recent_use")
-def recent_use(db: Database) -> None:
-    """Create what choosing victims looks at."""
-    for statement in RECENT_USE:
-        db.execute(statement)
+CREATE VIEW running AS
+SELECT s.id, s.model_id AS model, s.state, s.pid, s.port,
+       coalesce((SELECT group_concat(a.gpu_index, ',') FROM assignments a
+                 WHERE a.server_id = s.id), 'cpu') AS gpus,
+       round(s.estimated_bytes / 1073741824.0, 2) AS estimated_gb,
+       round(s.measured_bytes / 1073741824.0, 2) AS measured_gb,
+       s.context_size, round(s.load_s, 2) AS load_s,
+       (SELECT coalesce(sum(l.in_flight), 0) FROM leases l WHERE l.server_id = s.id) AS leased,
+       round((julianday('now') - 2440587.5) * 86400.0 - s.last_used_at, 1) AS idle_s,
+       s.reason
+FROM servers s
+WHERE s.state IN ('starting', 'ready', 'draining', 'stopping');
 
-
-ACCURACY = """
-DROP VIEW accuracy;
+CREATE VIEW log AS
+SELECT id, strftime('%Y-%m-%d %H:%M:%f', at, 'unixepoch', 'localtime') AS time, kind,
+       model_id AS model, server_id AS server, message
+FROM events;
 
 CREATE VIEW accuracy AS
 SELECT datetime(at, 'unixepoch', 'localtime') AS time, model_id AS model, server_id AS server,
@@ -422,22 +331,3 @@ SELECT datetime(at, 'unixepoch', 'localtime') AS time, model_id AS model, server
        round((process_bytes - buffers_bytes) / 1048576.0, 1) AS overhead_mb
 FROM measurements WHERE buffers_bytes IS NOT NULL OR process_bytes IS NOT NULL
 ORDER BY id;
-"""
-
-
-@migrations(name="0005_accuracy_by_gpu")
-def accuracy_by_gpu(db: Database) -> None:
-    """Name GPUs by NVML's number, not by their place in a split."""
-    for statement in _statements(ACCURACY):
-        db.execute(statement)
-
-
-@migrations(name="0006_free_when_assigned")
-def free_when_assigned(db: Database) -> None:
-    """Keep what was free of a GPU when a server was given a share of it."""
-    db.execute("ALTER TABLE assignments ADD COLUMN free_bytes INTEGER")
-
-
-def _statements(script: str) -> list[str]:
-    """Split DDL at the semicolons that end a line; executescript would commit the transaction."""
-    return [part for part in script.split(";\n") if part.strip()]
