@@ -46,7 +46,7 @@ test-fast: setup $(VENV)/.tests lint
 
 # a test with servers waits most of its time: more of them at a time than there are cores
 test: setup $(VENV)/.tests lint
-	$(BIN)/python -m pytest -n 4 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 # the worker with the oldest and the newest gunicorn that requirements.txt allows
 test-gunicorns: setup $(VENV)/.tests
@@ -54,7 +54,7 @@ test-gunicorns: setup $(VENV)/.tests
 
 # real NVML: fails where there is no GPU
 gpu-check: setup $(VENV)/.tests
-	SMARTPROXY_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
+	SMARTPROXY_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu
 
 # /health asked all the time while models load, crash and make room; a day: MINUTES=1440
 soak: setup $(VENV)/.tests

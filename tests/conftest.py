@@ -23,10 +23,15 @@ settings.register_profile("fast", max_examples=10)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test by its folder."""
+    """Mark a test by its folder; of several processes (--dist loadgroup), one gets a whole file.
+
+    One process gets all tests of the real llama-server: its threads take every core there is.
+    """
     folder = item.path.relative_to(TESTS).parts[0]
     for mark in MARKS_OF_FOLDERS.get(folder, ()):
         item.add_marker(mark)
+    group = "real" if "real" in MARKS_OF_FOLDERS.get(folder, ()) else str(item.path)
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl

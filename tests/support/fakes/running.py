@@ -23,7 +23,7 @@ STAND_IN = Path(__file__).parent / "llama_server.py"
 
 
 def wait_for(
-    look: Callable[[], T], what: str, deadline_s: float = 20.0, every_s: float = 0.005
+    look: Callable[[], T], what: str, deadline_s: float = 60.0, every_s: float = 0.005
 ) -> T:
     """Return the first true answer of `look`; fails naming `what` after the deadline."""
     end = time.monotonic() + deadline_s
