@@ -128,10 +128,10 @@ def body_fields(incoming: Incoming) -> dict[str, Any] | None:
 
     Raises InvalidJson for a body of an inference route that is neither JSON nor a form.
     """
+    content_type = header(incoming.headers, b"content-type")
+    if content_type[:19].lower() == b"multipart/form-data":
+        return form_fields(content_type.decode("latin-1"), incoming.body)
     inference = incoming.for_inference
-    content_type = incoming.field("content-type")
-    if content_type.lower().startswith("multipart/form-data"):
-        return form_fields(content_type, incoming.body)
     if not incoming.body and not inference:
         return None
     try:

@@ -217,7 +217,7 @@ class Comments:
 
     def __init__(self, client: Client, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client
-        self._origin = job.origin
+        self._job = job
         self._every_s = every_s = job.sse_wait_comment_after_s
         self._loop = loop
         self._since = loop.time()
@@ -228,7 +228,7 @@ class Comments:
 
     def _comment(self) -> None:
         if not self._client.began:
-            self._client.begin(event_stream_head(self._origin))
+            self._client.begin(event_stream_head(self._job.origin))
         waited_s = self._loop.time() - self._since
         self._client.write_event(b": waiting for the model, %d s so far\n\n" % waited_s)
         self._timer = self._loop.call_later(self._every_s, self._comment)

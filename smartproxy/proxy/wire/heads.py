@@ -71,7 +71,10 @@ class AnswerHead:
 
 def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     """Return the first value of a header (name in lower case), or nothing."""
-    return next((value for key, value in headers if key.lower() == name), b"")
+    for key, value in headers:  # a generator would cost twice as much, on every request
+        if key.lower() == name:
+            return value
+    return b""
 
 
 def request_bytes(
