@@ -31,6 +31,7 @@ class Doorbell:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
         self._selector.register(self._own, selectors.EVENT_READ)
+        #: by pid: a descriptor that is readable once the process has ended; main thread only
         self._watched: dict[int, int] = {}
 
     def poke(self) -> None:

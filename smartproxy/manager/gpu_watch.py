@@ -70,6 +70,7 @@ class Watcher:
         self._tools = tools
         self._view = view
         self._observer = GpuObserver() if tools.settings.enable_gpu_monitoring else None
+        #: the last mode that was logged; written by look
         self._told: str | None = None
         self._looking = threading.Lock()
 

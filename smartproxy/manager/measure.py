@@ -212,7 +212,7 @@ def _sample_gpus(tools: Tools, view: GpuView, row: LiveServer, parts: list[Assig
         if (held, taken.reserved_bytes) != (before, part.reserved_bytes):
             changes.append(taken)
         if held is not None and uuid in expected:
-            _learn_overhead(tools, view, row, expected[uuid], (held, warm))
+            _learn_overhead(tools, view, row, expected[uuid], held, warm=warm)
             if held > max(part.estimated_bytes, TOLD_STEP * (before or 0)):
                 _tell_of_process(tools, view, row, expected[uuid], held)
     if changes:
@@ -236,9 +236,8 @@ def reservation(
 
 
 def _learn_overhead(
-    tools: Tools, view: GpuView, row: ServerRow, part: MeasurementRow, seen: tuple[int, bool]
+    tools: Tools, view: GpuView, row: ServerRow, part: MeasurementRow, held: int, *, warm: bool
 ) -> None:
-    held, warm = seen
     if part.buffers_bytes is None:
         return
     store, build = tools.store, part.build

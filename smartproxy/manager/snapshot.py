@@ -55,7 +55,7 @@ def snapshot(sources: Sources, demands: list[Demand], now: float) -> Snapshot:
         now=now,
         gpus=seen.gpus if seen is not None else None,
         servers=(
-            *_running(sources, live, promised, (demands, now)),
+            *_running(sources, live, promised, demands, now=now),
             *lingering.still_held({row.id for row in live}, now),
         ),
         loads=tuple(_waiting(sources, live, demands, now)),
@@ -75,9 +75,10 @@ def _running(
     sources: Sources,
     live: list[LiveServer],
     promised: Mapping[int, list[AssignmentRow]],
-    asked: tuple[list[Demand], float],
+    demands: list[Demand],
+    *,
+    now: float,
 ) -> Iterator[RunningServer]:
-    demands, now = asked
     wanted = Counter(wish.model_id for wish in demands if wish.kind == "load")
     for row in live:
         spec = sources.tools.catalog.models.get(row.model_id)

@@ -20,9 +20,10 @@ COUNT_EVERY_S = 1.0
 
 @dataclass(slots=True)
 class RecentUse:
-    """The manager's counts. Main thread only."""
+    """The manager's counts. Both are written by `count`, in the main thread."""
 
     uses: dict[str, Use]
+    #: Unix seconds
     counted_at: float
 
 

@@ -132,23 +132,37 @@ def _move(
     connection.execute(
         "UPDATE gpus SET state = ?, state_changed_at = ? WHERE uuid = ?", (state, now, row["uuid"])
     )
-    _tell(connection, (row["gpu_index"], row["uuid"]), (row["state"], state, reason), now)
+    change = Change(
+        gpu_index=row["gpu_index"],
+        gpu_uuid=row["uuid"],
+        before=row["state"],
+        after=state,
+        reason=reason,
+    )
+    _tell(connection, change, now)
 
 
-def _tell(
-    connection: sqlite3.Connection,
-    gpu: tuple[int, str],
-    change: tuple[str, GpuState, str],
-    now: float,
-) -> None:
-    """Write the event of a transition: before, after, why."""
-    (index, uuid), (before, after, reason) = gpu, change
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A GPU's transition from one state to another."""
+
+    gpu_index: int
+    gpu_uuid: str
+    #: "new" where it was not there
+    before: str
+    after: GpuState
+    reason: str
+
+
+def _tell(connection: sqlite3.Connection, change: Change, now: float) -> None:
+    """Write the event of a transition."""
+    before, after = change.before, change.after
     add_event(
         connection,
         now,
         "gpu",
-        f"gpu {index} {before}->{after}: {reason}",
-        gpu_uuid=uuid,
+        f"gpu {change.gpu_index} {before}->{after}: {change.reason}",
+        gpu_uuid=change.gpu_uuid,
         data={"from": before, "to": after},
         level=logging.WARNING if after is GpuState.ERROR else logging.INFO,
     )
@@ -165,20 +179,22 @@ def write_snapshot(store: Store, seen: GpuSnapshot, *, now: float) -> None:
         before = {row["uuid"]: row for row in connection.execute("SELECT * FROM gpus").fetchall()}
         held = {row["gpu_uuid"] for row in connection.execute(HELD).fetchall()}
         for gpu in seen.gpus:
-            _write_gpu(connection, gpu, before.pop(gpu.uuid, None), (gpu.uuid in held, now))
+            _write_gpu(connection, gpu, before.pop(gpu.uuid, None), held=gpu.uuid in held, now=now)
         connection.executemany("DELETE FROM gpus WHERE uuid = ?", [(uuid,) for uuid in before])
         _write_processes(connection, seen)
 
 
 def _write_gpu(
-    connection: sqlite3.Connection, gpu: Gpu, old: Row | None, at: tuple[bool, float]
+    connection: sqlite3.Connection, gpu: Gpu, old: Row | None, *, held: bool, now: float
 ) -> None:
-    held, now = at
     state = GpuState.ERROR if gpu.error else GpuState.ASSIGNED if held else GpuState.AVAILABLE
     before = old["state"] if old else "new"
     if before != state:
         reason = gpu.error or ("it answers again" if before == GpuState.ERROR else gpu.name)
-        _tell(connection, (gpu.index, gpu.uuid), (before, state, reason), now)
+        change = Change(
+            gpu_index=gpu.index, gpu_uuid=gpu.uuid, before=before, after=state, reason=reason
+        )
+        _tell(connection, change, now)
     connection.execute(
         UPSERT,
         (
