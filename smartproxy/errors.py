@@ -118,7 +118,7 @@ class UpstreamTimeout(SmartProxyError):
 
 
 class ConfigError(SmartProxyError):
-    """The configuration says something that can't be: which key, what it got, what it wants."""
+    """The configuration says something wrong: which key, what it got, what it must be."""
 
 
 class StateConflict(SmartProxyError):

@@ -26,7 +26,7 @@ PARTS = ("weights", "kv_cache", "recurrent", "compute", "overhead", "total")
 MEANINGS = {
     "loaded": "is loaded",
     "start": "would be started now",
-    "evict": "would be started once others made room",
+    "evict": "would be started after others make room",
     "wait": "would wait",
     "refuse": "would be refused",
 }
@@ -73,7 +73,7 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
     yield ""
     if told["candidates"]:
         yield _candidate_table(told["candidates"])
-        yield f"free: headroom ({told['headroom_memory']:.2f}) and all that is promised taken off"
+        yield f"free: without headroom ({told['headroom_memory']:.2f}) and promised memory"
     else:
         yield "no GPUs: models run on the CPU"
 

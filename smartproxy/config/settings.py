@@ -1,6 +1,6 @@
 """What config.json may say: every key once, with its default, its bounds and one sentence.
 
-Plain models, no file and no environment (that is config.py). docs/configuration.md, the JSON
+Plain models, no file and no environment (that is load.py). docs/configuration.md, the JSON
 Schema and the texts of configuration errors are all held to what stands here.
 """
 
@@ -129,11 +129,11 @@ class ModelSettings(_Section):
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if self.path is None and self.repo is None:
-            raise ValueError("wants a path (a GGUF file), or a repo")
+            raise ValueError("must have a path (a GGUF file) or a repo")
         if self.variant is not None and self.repo is None:
-            raise ValueError("variant says which file of a repo: wants repo beside it")
+            raise ValueError("variant says which file of a repo: repo must be set too")
         if self.cpu and (self.gpus is not None or self.max_gpus is not None):
-            raise ValueError("cpu is true: wants no gpus and no max_gpus beside it")
+            raise ValueError("cpu is true: gpus and max_gpus must not be set")
         return self
 
 
@@ -254,5 +254,5 @@ class Settings(_Section):
             return None
         return (
             f"{port} is one of the servers' ports {first}-{first + size - 1} (server_pool):"
-            " wants another"
+            " choose another"
         )

@@ -41,7 +41,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A server whose process has ended, as long as its memory is not back (freed.py)."""
+    """A server whose process has ended, as long as its memory is not back (lingering.py)."""
 
     #: in state stopping, its holds as they were promised
     server: RunningServer

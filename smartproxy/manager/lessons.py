@@ -1,6 +1,7 @@
 """Read from the state file what earlier loads teach about the next one: lessons and overheads.
 
-What is written there comes from record.py; how a lesson corrects an estimate is in learning.py.
+What is written there comes from measure.py; how a lesson corrects an estimate is in
+memory/correct.py.
 """
 
 from __future__ import annotations

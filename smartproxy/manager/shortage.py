@@ -2,7 +2,7 @@
 
 The server asked for more than it was promised, or somebody else took what was promised to it after
 the last look. In the first case the model's need is raised, for as long as this manager runs (what
-is measured of a load that succeeds is kept longer: record.py); in the second the fresh look alone
+is measured of a load that succeeds is kept longer: measure.py); in the second the fresh look alone
 changes the next decision. Either way the load is planned anew, with evictions if need be; a
 second death in a row is its failure, told with the numbers.
 """
