@@ -37,9 +37,9 @@ MEANINGS = {
 @where
 @click.option("--json", "as_json", is_flag=True, help="As GET /api/models/MODEL/plan answers.")
 def plan_command(model: str, config: Path | None, state_dir: Path | None, as_json: bool) -> None:
-    """Say where MODEL would go now, who would make room, and why; nothing is done.
+    """Say where MODEL would go now, which models would make room, and why; changes nothing.
 
-    Sizes are GB of 2^30 bytes.
+    Sizes are in GB (2^30 bytes).
     """
     settings = load_settings(config, state_dir=state_dir)
     spec = build_catalog(settings).resolve(model)
