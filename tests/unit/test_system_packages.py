@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OWN_VERSION = "{}.{}".format(*sys.version_info)
 #: new enough, but without what an environment takes, as Debian's python3 without python3-venv
 WITHOUT_VENV = """#!/bin/sh
