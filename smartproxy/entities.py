@@ -190,7 +190,7 @@ class Model(_Entity):
     @classmethod
     def _path_or_repo(cls, path: str | None, info: ValidationInfo) -> str | None:
         if path is None and info.data.get("repo", "") is None:
-            raise ValueError("wants a path, or a repo beside it")
+            raise ValueError("must have a path or a repo")
         return path
 
 

@@ -1,6 +1,32 @@
 """Every error a user can meet: its HTTP status, its code (SPEC 2) and its text.
 
-Raised where the fault is known; turned into the OpenAI body by `openai_body`, in one place.
+An error is raised where the fault is known. `openai_body` turns it into the OpenAI body, in one
+place. The docstring of a class says when it is raised. Status and code of each:
+
+    SmartProxyError           500  internal_error
+    |-- InvalidJson           400  invalid_json
+    |-- ModelRequired         400  model_required
+    |-- InvalidApiKey         401  invalid_api_key
+    |-- ModelNotFound         404  model_not_found
+    |-- RouteNotFound         404  not_found
+    |-- BadRequest            400  bad_request
+    |-- RequestTooLarge       413  request_too_large
+    |-- HeadTooLarge          431  request_too_large
+    |-- QueueFull             429  queue_full
+    |-- UpstreamError         502  backend_failed
+    |-- NoFit                 503  insufficient_gpu_memory
+    |-- GpuMemoryBusy         503  gpu_memory_busy
+    |-- PoolBusy              503  pool_busy
+    |-- LoadFailed            503  model_load_failed
+    |-- MetadataError         503  model_load_failed
+    |-- ManagerDown           503  manager_unavailable
+    |-- ShuttingDown          503  shutting_down
+    |-- LoadTimeout           504  load_timeout
+    |-- UpstreamTimeout       504  upstream_timeout
+    |-- ConfigError           ends the command; never sent
+    |-- ObserveError          becomes a GPU's `error`; never sent
+    |-- StateConflict         500  internal_error, a fault of ours
+    `-- UnknownCacheType      500  internal_error, refused by the settings before
 """
 
 from __future__ import annotations
@@ -130,7 +156,7 @@ class UpstreamTimeout(SmartProxyError):
 
 
 class ConfigError(SmartProxyError):
-    """The configuration says something that can't be: which key, what it got, what it wants."""
+    """The configuration says something wrong: which key, what it got, what it must be."""
 
 
 class StateConflict(SmartProxyError):

@@ -41,12 +41,12 @@ class _Asked:
 
 @click.command("estimate")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--ctx-size", type=click.IntRange(0), default=0, help="Tokens; 0 = the trained.")
+@click.option("--ctx-size", type=click.IntRange(0), default=0, help="Tokens; 0: as trained.")
 @click.option("--cache-type-k", type=click.Choice(list(CACHE_TYPES)), default="f16")
 @click.option("--cache-type-v", type=click.Choice(list(CACHE_TYPES)), default="f16")
-@click.option("--parallel", type=click.IntRange(1), help="Slots; left out: 4 sharing one cache.")
-@click.option("--gpu-layers", type=int, default=-1, help="Negative = all.")
-@click.option("--tensor-split", help="Shares per GPU, as 3,1; left out: one GPU.")
+@click.option("--parallel", type=click.IntRange(1), help="Slots; default: 4 that share a cache.")
+@click.option("--gpu-layers", type=int, default=-1, help="Layers on GPUs; below 0: all.")
+@click.option("--tensor-split", help="Shares per GPU, such as 3,1; default: one GPU.")
 @click.option("--ubatch", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=2048, show_default=True)
 @click.option(
@@ -55,22 +55,24 @@ class _Asked:
 @click.option("--kv-unified", is_flag=True, help="One cache for all slots.")
 @click.option("--swa-full", is_flag=True, help="Sliding-window layers cache the whole context.")
 @click.option("--embeddings", is_flag=True)
-@click.option("--n-cpu-moe", type=click.IntRange(0), default=0, help="Layers with host experts.")
+@click.option(
+    "--n-cpu-moe", type=click.IntRange(0), default=0, help="Layers with experts on the host."
+)
 @click.option("--no-kv-offload", is_flag=True, help="The KV cache stays on the host.")
-@click.option("--matrix", is_flag=True, help="Context sizes by cache types: what fits?")
+@click.option("--matrix", is_flag=True, help="What fits: context sizes by cache types.")
 @click.option(
     "--card-gb",
     type=click.FloatRange(0, min_open=True, max=1 << 20),
-    help="Memory of each GPU: sets its overhead, and what --matrix calls too big. Left out: the"
-    " overhead of the largest GPU, and nothing is too big.",
+    help="Memory of each GPU in GB. Its overhead follows from it, and --matrix marks what is"
+    " too big. Without it, the overhead is the one of the largest GPU.",
 )
 @click.option("--bars", is_flag=True, help="Draw the parts as bars.")
 @click.option("--json", "as_json", is_flag=True)
 def estimate_command(files: tuple[Path, ...], **asked: Any) -> None:
     """Say how much memory each GGUF FILE takes in llama-server, per device and on the host.
 
-    Of a model in several files, name the first. Sizes are MiB (GB in the matrix), of 2^20 bytes
-    (2^30).
+    If a model has several files, name the first. Sizes are in MiB (2^20 bytes), in the matrix in
+    GB (2^30 bytes).
     """
     wanted = _asked(asked)
     failed, answers = False, []

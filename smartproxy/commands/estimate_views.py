@@ -26,7 +26,7 @@ def heading(file: Path, metadata: ModelMetadata, predicted: Estimate) -> str:
         f" {len(predicted.devices)} GPU{'s' if len(predicted.devices) != 1 else ''}"
     ]
     if metadata.unknown is not None:
-        lines.append(f"Unknown {metadata.unknown}: deliberately high.")
+        lines.append(f"Unknown {metadata.unknown}: the estimate is high on purpose.")
     return "\n".join(lines)
 
 

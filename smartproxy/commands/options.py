@@ -11,12 +11,14 @@ import click
 def where(command: click.decorators.FC) -> click.decorators.FC:
     """Add --config and --state-dir."""
     command = click.option(
-        "--config", type=click.Path(path_type=Path), help="Default: SMARTPROXY_CONFIG, config.json."
+        "--config",
+        type=click.Path(path_type=Path),
+        help="Default: SMARTPROXY_CONFIG, else config.json.",
     )(command)
     return click.option(
         "--state-dir",
         type=click.Path(path_type=Path, file_okay=False),
-        help="Default: SMARTPROXY_STATE_DIR, the configuration's state_dir.",
+        help="Default: SMARTPROXY_STATE_DIR, else the configuration's state_dir.",
     )(command)
 
 

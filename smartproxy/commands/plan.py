@@ -26,7 +26,7 @@ PARTS = ("weights", "kv_cache", "recurrent", "compute", "overhead", "total")
 MEANINGS = {
     "loaded": "is loaded",
     "start": "would be started now",
-    "evict": "would be started once others made room",
+    "evict": "would be started after others make room",
     "wait": "would wait",
     "refuse": "would be refused",
 }
@@ -37,9 +37,9 @@ MEANINGS = {
 @where
 @click.option("--json", "as_json", is_flag=True, help="As GET /api/models/MODEL/plan answers.")
 def plan_command(model: str, config: Path | None, state_dir: Path | None, as_json: bool) -> None:
-    """Say where MODEL would go now, who would make room, and why; nothing is done.
+    """Say where MODEL would go now, which models would make room, and why; changes nothing.
 
-    Sizes are GB of 2^30 bytes.
+    Sizes are in GB (2^30 bytes).
     """
     settings = load_settings(config, state_dir=state_dir)
     spec = build_catalog(settings).resolve(model)
@@ -73,7 +73,7 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
     yield ""
     if told["candidates"]:
         yield _candidate_table(told["candidates"])
-        yield f"free: headroom ({told['headroom_memory']:.2f}) and all that is promised taken off"
+        yield f"free: without headroom ({told['headroom_memory']:.2f}) and promised memory"
     else:
         yield "no GPUs: models run on the CPU"
 

@@ -17,10 +17,12 @@ from smartproxy.serving.supervisor import serve
 @where
 @click.option(
     "--host",
-    help="Address to listen on, or unix:/path for an nginx in front; default: the configuration's,"
-    " 127.0.0.1.",
+    help="Address to listen on, or unix:/path behind nginx. Default: host of the configuration,"
+    " else 127.0.0.1.",
 )
-@click.option("--port", type=click.IntRange(1, 65535), help="Default: the configuration's, 8000.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="Default: port of the configuration, else 8000."
+)
 def serve_command(
     config: Path | None, state_dir: Path | None, host: str | None, port: int | None
 ) -> None:

@@ -39,17 +39,17 @@ _OWN_ESTIMATES = "estimates follow what llama.cpp itself allocates"
 #: section -> its key -> why it goes
 _DROPPED: Mapping[str, Mapping[str, str]] = {
     "": {
-        "agents": "agents are not carried over",
-        "plugins_dir": "agents are not carried over",
-        "simulation": "simulations are not carried over",
+        "agents": "there are no agents any more",
+        "plugins_dir": "there are no agents any more",
+        "simulation": "there is no simulation any more",
     },
     "server_pool": {
-        "host": "servers listen on loopback only",
-        "health_timeout": "servers are watched without it",
+        "host": "servers listen on the loopback address only",
+        "health_timeout": "the proxy does not need it",
     },
     "gpu": {
-        "cpu_fallback": "without GPUs the CPU is used in any case; for models that don't fit the "
-        'GPUs there are, write "cpu_fallback" at the top',
+        "cpu_fallback": "without a GPU the CPU is always used; for models that do not fit the GPUs,"
+        ' write "cpu_fallback" at the top',
         "kv_offload": _OWN_ESTIMATES,
         "repack": _OWN_ESTIMATES,
         "no_host": _OWN_ESTIMATES,
@@ -113,7 +113,7 @@ def _move(draft: _Draft, old: str, today: str, value: Any) -> None:
     if today == "models":
         return _move_models(draft, old, value)
     if value is None:
-        return draft.warnings.append(f"{old} is ignored: it says nothing")
+        return draft.warnings.append(f"{old} is ignored: it is null")
     *sections, key = today.split(".")
     target = draft.data
     for section in sections:
@@ -121,7 +121,7 @@ def _move(draft: _Draft, old: str, today: str, value: Any) -> None:
     if old == "gpu.enabled" and value is False:
         target[key] = False  # either of the two switches turned monitoring off
     elif key in target:
-        return draft.warnings.append(f'{old} is ignored: "{today}" is there too, and wins')
+        return draft.warnings.append(f'{old} is ignored: "{today}" is set too, and is used')
     else:
         target[key] = value
     draft.written_as[today] = old
@@ -131,10 +131,10 @@ def _move(draft: _Draft, old: str, today: str, value: Any) -> None:
 def _move_models(draft: _Draft, old: str, value: Any) -> None:
     models = draft.data.get("models", {})
     if not isinstance(value, dict) or not isinstance(models, dict):
-        raise ConfigError(f"{old}: wants an object of models by id")
+        raise ConfigError(f"{old}: must be an object of models by id")
     draft.warnings.append(f'{old} is an older form: write "models" at the top instead')
     for model_id in value.keys() & models.keys():
-        draft.warnings.append(f'{old}.{model_id} is ignored: "models" has it too, and wins')
+        draft.warnings.append(f'{old}.{model_id} is ignored: "models" has it too, and is used')
     draft.data["models"] = {**value, **models}
     for model_id in value.keys() - models.keys():
         draft.written_as[f"models.{model_id}"] = f"{old}.{model_id}"
@@ -146,7 +146,7 @@ def _close(draft: _Draft, section: str) -> None:
         return
     left = draft.data.pop(section)
     if left is not None and not isinstance(left, dict):
-        raise ConfigError(f"{section}: this older section wants an object")
+        raise ConfigError(f"{section}: this older section must be an object")
     if left:
         raise ConfigError(f'{section}.{next(iter(left))}: unknown key in the older "{section}"')
 

@@ -1,6 +1,6 @@
 """config.json and the environment -> frozen Settings, or one clear line that says what is wrong.
 
-The only reader of both. `python -m smartproxy.config` writes docs/config.schema.json anew.
+The only reader of both. `python -m smartproxy.config.load` writes docs/config.schema.json anew.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:  # a number of thousands of digits
         raise ConfigError(str(error)) from None
     if not isinstance(data, dict):
-        raise ConfigError("wants a JSON object {...}")
+        raise ConfigError("must be a JSON object {...}")
     return data
 
 
@@ -100,7 +100,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ConfigError(f"{name} is no JSON")
+    raise ConfigError(f"{name} is not JSON")
 
 
 def _validated(translation: Translation, folder: Path) -> Settings:
@@ -129,11 +129,11 @@ def _check_files(settings: Settings) -> None:
     """Refuse to start without a file that the configuration names, model files aside."""
     folder, binary = settings.models_dir, settings.llama_server
     if folder is not None and not folder.is_dir():
-        raise ConfigError(f"models_dir: {folder} is no folder")
+        raise ConfigError(f"models_dir: {folder} is not a folder")
     if settings.state_dir.exists() and not settings.state_dir.is_dir():
-        raise ConfigError(f"state_dir: {settings.state_dir} is no folder")
+        raise ConfigError(f"state_dir: {settings.state_dir} is not a folder")
     if binary is not None and not (binary.is_file() and os.access(binary, os.X_OK)):
-        raise ConfigError(f"llama_server: {binary} is no executable file")
+        raise ConfigError(f"llama_server: {binary} is not an executable file")
 
 
 def _main() -> None:

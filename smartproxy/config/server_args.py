@@ -187,7 +187,7 @@ _RESERVED: Mapping[str, str] = {
         "--api-key --api-key-file --ssl-key-file --ssl-cert-file"
     ),
     "the proxy keeps the server's log and reads it": "--log-disable --log-file --log-jsonl",
-    "the proxy reads what it says": "--metrics --slots --no-slots",
+    "the proxy reads what it shows": "--metrics --slots --no-slots",
     "it makes llama-server print and exit": (
         "-h --help --usage --version -cl --cache-list --completion-bash --list-devices"
     ),
@@ -206,12 +206,12 @@ def args_problem(args: Iterable[str]) -> str | None:
     """Return why these extra arguments can't be passed on, or None. Pure."""
     for arg in args:
         if "\0" in arg:
-            return "wants text without NUL characters"
+            return "must be text without NUL characters"
         flag = _spelled_out(arg)
         if flag in _INSTEAD:
-            return f"{arg} can't stand here: {_INSTEAD[flag]}"
+            return f"{arg} is not allowed here: {_INSTEAD[flag]}"
         if flag.startswith("--") and flag.endswith("-default") and flag != "--spec-default":
-            return f"{arg} can't stand here: it names a model to download; use the key path"
+            return f"{arg} is not allowed here: it names a model to download; use the key path"
     return None
 
 
@@ -219,9 +219,9 @@ def env_problem(env: Mapping[str, str]) -> str | None:
     """Return why these variables can't be set for a server, or None. Pure; names no value."""
     for name, value in env.items():
         if not name.isidentifier() or not name.isascii():
-            return f"{name!r} can't name an environment variable"
+            return f"{name!r} is not a name of an environment variable"
         if "\0" in value:
-            return f"{name}: wants text without NUL characters"
+            return f"{name}: must be text without NUL characters"
         if name in _RESERVED_VARIABLES or name.startswith("LLAMA_ARG_"):
-            return f"{name} can't be set here: {_PROXY}; use this model's keys and args"
+            return f"{name} is not allowed here: {_PROXY}; use this model's keys and args"
     return None

@@ -1,13 +1,14 @@
 """What config.json may say: every key once, with its default, its bounds and one sentence.
 
-Plain models, no file and no environment (that is config.py). docs/configuration.md, the JSON
-Schema and the texts of configuration errors are all held to what stands here.
+Plain models, no file and no environment (that is load.py). README.md and docs/configuration.md
+repeat each sentence, and tests hold them to it. The JSON Schema and the texts of configuration
+errors are made from what stands here.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -31,9 +32,20 @@ from smartproxy.config.values import (
 from smartproxy.planner.types import Strategy
 
 
+def _unwrap(schema: dict[str, Any]) -> None:
+    """Put each key's description on one line: editors show it as it stands in the schema."""
+    for key in schema.get("properties", {}).values():
+        if "description" in key:
+            key["description"] = " ".join(key["description"].split())
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra=_unwrap,
     )
 
 
@@ -73,59 +85,66 @@ class ModelSettings(_Section):
     """One model; what is left out follows the key of the same name at the top."""
 
     path: FilePath | None = None
-    """GGUF file; of a model in several files, any of them."""
+    """GGUF file. Of a model in several files (`-00001-of-00003.gguf`), any of them."""
     repo: Repo | None = None
-    """Where the model comes from, as user/name; also makes user/name:VARIANT a name of it."""
+    """Where the model comes from, as `user/name`. Nothing is downloaded yet: without `path`, the
+    file must be in `models_dir/user/name/`. `user/name:VARIANT` becomes a name of the model."""
     variant: Text | None = None
-    """Which of the repo's files: its quantization, or a file name; without it Q4_K_M."""
+    """Which file of the repo: its quantization (upper or lower case), or a file name. Without it:
+    `Q4_K_M`, and `user/name` alone names the model too."""
     aliases: tuple[ModelName, ...] = ()
-    """Other names that requests may use for it."""
+    """Other names for it in requests. A name must not stand for two models."""
     max_gpus: int | None = Field(None, ge=1)
-    """At most so many GPUs; without it all."""
+    """The most GPUs that it may use. Without it: all."""
     gpus: tuple[GpuName, ...] | None = Field(None, min_length=1)
-    """Only these GPUs, by number or uuid."""
+    """The GPUs that it may use, by number or uuid (`[0, "GPU-8f2a..."]`)."""
     strategy: Strategy | None = None
-    """As gpu_allocation_strategy, for this model."""
+    """As `gpu_allocation_strategy`, for this model."""
     ctx_size: ContextSize | None = None
-    """Tokens of its server, all slots together; "auto" is as many as fit."""
+    """Context size of its server in tokens, for all slots together. `"auto"` is the largest that
+    fits."""
     parallel: Parallel | None = None
-    """Slots: requests it works on at the same time."""
+    """Slots: how many requests it works on at the same time."""
     kv_unified: bool = True
-    """All slots share the whole context; false gives each its fixed part."""
+    """All slots share the whole context. With `false`, each slot has a fixed part of it."""
     gpu_layers: GpuLayers | None = None
-    """Layers on the GPUs; -1 is all, 0 none."""
+    """Number of layers on the GPUs. -1 is all, 0 is none."""
     cache_type_bits: CacheBits | None = None
-    """Bits of a KV cache entry: 16 is f16, 8 is q8_0, 4 is q4_0."""
+    """Bits of a KV cache entry. Overrides the general `cache_type_k` and `cache_type_v`."""
     cache_type_k: CacheType | None = None
-    """Type of the cached keys; wins over cache_type_bits."""
+    """Type of the cached keys. Overrides `cache_type_bits`."""
     cache_type_v: CacheType | None = None
-    """Type of the cached values; wins over cache_type_bits."""
+    """Type of the cached values. Overrides `cache_type_bits`."""
     mmproj: FilePath | None = None
-    """Projector file, for models that see or hear."""
+    """Projector file, for a model that reads images or sound."""
     draft_model: FilePath | None = None
-    """Smaller GGUF file for speculative decoding."""
+    """Smaller GGUF file, for speculative decoding."""
     args: tuple[str, ...] = ()
-    """More llama-server arguments, passed as they stand."""
+    """More arguments for llama-server (`["--no-mmap", "-t", "8"]`). An argument that the proxy
+    decides is refused; the message names the key to use. Arguments that change memory (`-b`,
+    `-ub`, `-fa`, `--swa-full`, `-nkvo`, ...) are part of the estimate (docs/memory.md)."""
     env: dict[str, str] = Field({}, repr=False)
-    """Environment variables of its server."""
+    """Environment variables of its server. `LLAMA_ARG_*` and variables that choose GPUs are
+    refused."""
     ttl: SecondsOrZero | None = None
-    """Unload after so many seconds without a request; 0 is never."""
+    """It is unloaded after this many seconds without a request. 0 is never."""
     pinned: bool = False
-    """Never unload it to make room, nor for ttl."""
+    """It is never unloaded to make room, nor because of `ttl`."""
     preload: bool = False
     """Load it at start."""
     estimated_vram: float | None = Field(None, gt=0, le=2**20)
-    """What it needs in GB (2^30 bytes), instead of our own estimate."""
+    """What it needs in GB (2^30 bytes), in place of the estimate: the whole model on one GPU,
+    without the overhead of the backend. Measurements raise it, and never lower it."""
     cpu: bool = False
-    """Keep it off the GPUs."""
+    """Keep it off the GPUs. `gpus` and `max_gpus` must not be set then."""
     embeddings: bool = False
     """It is an embedding model."""
     partial_offload: bool | None = None
-    """As partial_offload at the top, for this model."""
+    """Keep some of its layers in main memory if it does not fit on the GPUs."""
     cpu_fallback: bool | None = None
-    """As cpu_fallback at the top, for this model."""
+    """Run it on the CPU if it does not fit on the GPUs."""
     load_timeout: Seconds | None = None
-    """As load_timeout at the top, for this model."""
+    """A load of it that takes more seconds than this has failed."""
 
     @field_validator("args")
     @classmethod
@@ -144,11 +163,11 @@ class ModelSettings(_Section):
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if self.path is None and self.repo is None:
-            raise ValueError("wants a path (a GGUF file), or a repo")
+            raise ValueError("must have a path (a GGUF file) or a repo")
         if self.variant is not None and self.repo is None:
-            raise ValueError("variant says which file of a repo: wants repo beside it")
+            raise ValueError("variant says which file of a repo: repo must be set too")
         if self.cpu and (self.gpus is not None or self.max_gpus is not None):
-            raise ValueError("cpu is true: wants no gpus and no max_gpus beside it")
+            raise ValueError("cpu is true: gpus and max_gpus must not be set")
         return self
 
 
@@ -156,73 +175,84 @@ class Settings(_Section):
     """The whole configuration, checked; every path in it is absolute."""
 
     backend: Literal["llama.cpp"] = "llama.cpp"
-    """What runs the models."""
+    """The program that runs the models. There is no other yet."""
     host: Text = "127.0.0.1"
-    """Address that the proxy listens on, or `unix:/path` for an nginx in front; --host wins."""
+    """Address that the proxy listens on, or `unix:/path` behind nginx. `--host` overrides it."""
     port: Port = 8000
-    """Port that the proxy listens on; --port wins."""
+    """Port that the proxy listens on. It must not be a port of `server_pool`. `--port` overrides
+    it."""
     models: dict[ModelName, ModelSettings] = {}
     """The models, by id."""
     models_dir: FilePath | None = None
-    """Folder; every .gguf file under it is a model without being listed."""
+    """Folder of models. Every `.gguf` file below it is a model, even if `models` lacks it."""
     default_model: Text | None = None
-    """Model of requests that name none."""
+    """Id or alias of the model for requests that name none. Without it, such a request is answered
+    with 400."""
     server_pool: ServerPool = ServerPool()
     """The pool of servers: its size, and its ports (8080-8099: size and 16 more)."""
     ctx_size: ContextSize = 8192
-    """Tokens of a server, all slots together, at most the model's own; "auto" is what fits."""
+    """Context size of a server in tokens, for all its slots together. It is at most the model's
+    own. `"auto"` is the largest that fits."""
     parallel: Parallel = 4
-    """Slots of a server, sharing one KV cache."""
+    """Slots of a server: how many requests a model works on at the same time. They share one KV
+    cache."""
     gpu_layers: GpuLayers = -1
-    """Layers on the GPUs; -1 is all, 0 none."""
+    """Number of layers on the GPUs. -1 is all, 0 is none."""
     cache_type_bits: CacheBits = 16
-    """Bits of a KV cache entry: 16 is f16, 8 is q8_0, 4 is q4_0."""
+    """Bits of a KV cache entry: 16 is `f16`, 8 is `q8_0`, 4 is `q4_0`."""
     cache_type_k: CacheType | None = None
-    """Type of the cached keys; wins over cache_type_bits."""
+    """Type of the cached keys (`f32` `f16` `bf16` `q8_0` `q5_1` `q5_0` `q4_1` `q4_0` `iq4_nl`).
+    Overrides `cache_type_bits`."""
     cache_type_v: CacheType | None = None
-    """Type of the cached values; wins over cache_type_bits."""
+    """Type of the cached values. Overrides `cache_type_bits`."""
     enable_gpu_monitoring: bool = True
-    """Look for GPUs; false runs everything on the CPU."""
+    """Look for GPUs. With `false`, everything runs on the CPU."""
     gpu_poll_interval: float = Field(2, ge=0.1, le=3600)
     """Seconds between two looks at the GPUs."""
     gpu_allocation_strategy: Strategy = Strategy.SINGLE_GPU_PREFERRED
-    """One GPU where it fits, the one with most room; packed: the tightest; distribute: over all."""
+    """`"single-gpu-preferred"`: one GPU where the model fits, the one with the most free memory.
+    `"packed"`: one GPU where it fits, the one with the least free memory. `"distribute"`: all GPUs
+    that it may use."""
     gpu_util_threshold: float = Field(50, ge=0, le=100)
-    """A GPU busier than so many percent is taken last."""
+    """A GPU whose utilization is above this many percent is the last choice."""
     gpu_mem_threshold: float = Field(0.5, ge=0, le=1)
-    """A GPU fuller than this share of its memory is split over last."""
+    """A GPU that uses more than this share of its memory is the last choice for a split."""
     gpu_headroom_mb: int = Field(256, ge=0, le=2**20)
-    """MB (2^20 bytes) left free on every GPU."""
+    """MB (2^20 bytes) that stay free on every GPU."""
     cpu_fallback: bool = False
-    """Run a model that does not fit the GPUs there are on the CPU."""
+    """Run a model on the CPU if it does not fit on the GPUs. Without a GPU, the CPU is always
+    used."""
     partial_offload: bool = False
-    """Keep some layers of a model that does not fit the GPUs there are in main memory."""
+    """Keep some layers of a model in main memory if it does not fit on the GPUs."""
     min_residency: SecondsOrZero = 5
-    """Seconds that a model is safe from eviction once it is loaded."""
+    """After its load, a model is not evicted for this many seconds."""
     ttl: SecondsOrZero | None = None
-    """Unload a model after so many seconds without a request; 0 is never."""
+    """A model is unloaded after this many seconds without a request. 0, or no value, is never."""
     queue_timeout: Seconds = 300
-    """Seconds that a request waits for room."""
+    """Seconds that a request waits for room. Then it is answered with 503."""
     max_queue: int = Field(256, ge=1, le=1_000_000)
-    """Requests that may wait for loads at the same time."""
+    """How many requests may wait for loads at the same time. One more is answered with 429."""
     load_stall_timeout: Seconds = 120
-    """Seconds without progress after which a load has failed."""
+    """A load without progress for this many seconds has failed."""
     load_timeout: Seconds = 1800
-    """Seconds after which a load has failed in any case."""
+    """A load that takes more seconds than this has failed, also if it makes progress."""
     request_timeout: Seconds = 600
-    """Seconds that a server may be silent before a request to it fails."""
+    """Seconds that a server may be silent. Then a request to it is answered with 504."""
     sse_wait_comment_after: SecondsOrZero = 5
-    """Seconds after which a streaming client that waits for a load gets signs of life."""
+    """A streaming client that waits for a load longer than this many seconds gets SSE comments as
+    signs of life."""
     max_body_mb: int = Field(64, ge=1, le=65_536)
-    """Largest request body in MB (2^20 bytes)."""
+    """Largest request body in MB (2^20 bytes). A larger one is answered with 413."""
     api_keys: tuple[ApiKey, ...] = Field((), repr=False)
-    """Keys of clients; without any, no key is asked for."""
+    """Keys of clients (`Authorization: Bearer ...`). Without them, no key is needed."""
     admin_keys: tuple[ApiKey, ...] = Field((), repr=False)
-    """Keys for /api/; without any, it is open to whoever may use the models."""
+    """Keys for `/api/`. Without them, all who may use the models may use it."""
     llama_server: FilePath | None = None
-    """The llama-server binary; without it the one on PATH, then that of the installed package."""
+    """The `llama-server` binary. Without it: the one on `PATH`, else the one of the installed
+    package."""
     state_dir: FilePath = Path("state")
-    """Folder of the state file and the servers' logs; --state-dir wins."""
+    """Folder of the state file and of the servers' logs. `--state-dir`, else
+    `SMARTPROXY_STATE_DIR`, overrides it."""
 
     _config_path: Path = PrivateAttr(default=Path("config.json"))
     _warnings: tuple[str, ...] = PrivateAttr(default=())
@@ -267,4 +297,4 @@ class Settings(_Section):
         ports = self.server_pool.ports
         if port not in ports:
             return None
-        return f"{port} is one of the servers' ports {span(ports)} (server_pool): wants another"
+        return f"{port} is one of the servers' ports {span(ports)} (server_pool): choose another"

@@ -18,7 +18,7 @@ API_KEY_PATTERN = re.compile(r"[!-~]+")
 
 def _printable(value: Any) -> Any:
     if isinstance(value, str) and (not value or not value.isprintable()):
-        raise ValueError("wants text that is not empty and has no control characters")
+        raise ValueError("must be text that is not empty and has no control characters")
     return value
 
 
@@ -35,27 +35,29 @@ def _absolute(path: Path, info: ValidationInfo) -> Path:
 def check_model_name(name: str) -> str:
     """Return the name; raises ValueError if a URL path or `--alias a,b` could not carry it."""
     if not name.isprintable() or "," in name or name != name.strip() or not name.strip("/-"):
-        raise ValueError(f"wants {_NAME_RULE}")
+        raise ValueError(f"must be {_NAME_RULE}")
     if name[0] in "/-" or name[-1] == "/":
-        raise ValueError(f"wants {_NAME_RULE}")
+        raise ValueError(f"must be {_NAME_RULE}")
     return name
 
 
 def _repo(repo: str) -> str:
     if not REPO_PATTERN.fullmatch(repo):
-        raise ValueError(f'got "{repo}", wants "user/name" (what follows a ":" goes to variant)')
+        raise ValueError(f'got "{repo}", must be "user/name" (what follows a ":" is the variant)')
     return repo
 
 
 def _gpu_name(gpu: int | str) -> int | str:
     if gpu < 0 if isinstance(gpu, int) else not GPU_UUID_PATTERN.fullmatch(gpu):
-        raise ValueError(f'got {json.dumps(gpu)}, wants a GPU number or a uuid such as "GPU-8f2a"')
+        raise ValueError(
+            f'got {json.dumps(gpu)}, must be a GPU number or a uuid such as "GPU-8f2a"'
+        )
     return gpu
 
 
 def _api_key(key: str) -> str:
     if not API_KEY_PATTERN.fullmatch(key):
-        raise ValueError("wants a key of visible ASCII characters, without spaces")
+        raise ValueError("must be a key of visible ASCII characters, without spaces")
     return key
 
 

@@ -1,6 +1,6 @@
-"""A failed validation -> one line: which key, what it got, what it wants. Pure.
+"""A failed validation -> one line: which key, what it got, what it must be. Pure.
 
-What a key wants is read off its JSON Schema, so no text here repeats a default or a bound.
+What a key must be is read off its JSON Schema, so no text here repeats a default or a bound.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def one_line(error: ValidationError, data: Any, schema: Json, written_as: Mappin
     elif first["type"] == "json_invalid":
         text = f"can't be read: {first['ctx']['error']}"  # a lone surrogate, too deep
     else:
-        text = f"{path or 'the whole'}: got {_got(data, keys)}, wants {_wants(node, schema)}"
+        text = f"{path or 'the whole'}: got {_got(data, keys)}, must be {_expected(node, schema)}"
     others = {_find(other["loc"], schema)[0] for other in problems[1:]}
     others = {other for other in others if other != keys[: len(other)]}
     if not others:
@@ -97,7 +97,7 @@ def _unknown_key(key: str, path: str, parent: Json, schema: Json) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     if near:
         return f'{path}: unknown key, did you mean "{near[0]}"?'
-    return f"{path}: unknown key, wants one of {', '.join(sorted(known))}"
+    return f"{path}: unknown key, must be one of {', '.join(sorted(known))}"
 
 
 def _written(path: str, written_as: Mapping[str, str]) -> str:
@@ -117,12 +117,12 @@ def _got(data: Any, keys: Sequence[int | str]) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 
-def _wants(node: Json, schema: Json) -> str:
-    texts = [_wants_one(choice, schema) for choice in _choices(node, schema)]
+def _expected(node: Json, schema: Json) -> str:
+    texts = [_expected_one(choice, schema) for choice in _choices(node, schema)]
     return " or ".join(dict.fromkeys(texts))
 
 
-def _wants_one(node: Json, schema: Json) -> str:
+def _expected_one(node: Json, schema: Json) -> str:
     if "enum" in node or "const" in node:
         values = [json.dumps(value) for value in node.get("enum", [node.get("const")])]
         return " or ".join(values) if len(values) < 3 else f"one of {', '.join(values)}"
@@ -135,7 +135,7 @@ def _wants_one(node: Json, schema: Json) -> str:
             return "true or false"
         case "array":
             least = " of at least one: " if node.get("minItems") else " of: "
-            return f"a list{least}{_wants(node['items'], schema)}"
+            return f"a list{least}{_expected(node['items'], schema)}"
         case "object":
             return "an object {...}"
         case _:

@@ -2,7 +2,6 @@
 
 Knows llama.cpp's allocation: weights by layer, KV cache, states, compute buffers, the host's
 part, a projector, and how measured loads correct all of it. Formulas name their source.
-Only `projector` has a file read, a header, through model_file.
-May import: model_file, errors, types, and of the standard library what has no disk, clock,
-process, network or log in it.
+May import: values of model_file, errors, types, and of the standard library what has no disk,
+clock, process, network or log in it.
 """

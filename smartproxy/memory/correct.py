@@ -1,7 +1,8 @@
 """Correct a prediction by what loads of the same file were measured to take. Pure.
 
 Input: an estimate by the rules, and lessons: what was predicted and what was measured, per device
-and for the host. Output: the estimate to go by. Overhead per GPU is learned apart (measure.py).
+and for the host. Output: the estimate to go by. Overhead per GPU is learned apart
+(manager/measure.py).
 
 - The same settings and layout: what was measured, device by device.
 - Only the context size differs: the prediction, moved by the difference that was measured at the

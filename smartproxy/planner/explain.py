@@ -110,7 +110,7 @@ def _note(work: Work, site: Site, needed: int, room: tuple[int, int]) -> str:
     if needed <= free:
         note = f"fits: {gb(needed)} of {gb(free)}"
     elif needed <= later:
-        note = "fits when what is being freed is free"
+        note = "fits after the memory that is being freed is free"
     elif needed <= empty:
         note = f"no room: {gb(needed)} needed, {gb(max(0, free))} free"
     else:

@@ -30,7 +30,7 @@ def placed(model_id: str, wish: Wish, fit: Fit, room: Sequence[int]) -> str:
     if layout.cpu_moe_layers:
         text += f"; experts of {layout.cpu_moe_layers} layers on the host"
     if need.context_size is None:
-        text += f"; context of {layout.context_size} tokens is what fits"
+        text += f"; the largest context that fits has {layout.context_size} tokens"
     return f"{text} ({wish.strategy.value})"
 
 
@@ -40,7 +40,7 @@ def _why_several(wish: Wish, room: Sequence[int]) -> str:
     overhead = min(site.overhead_bytes for site in wish.sites)
     needed = wish.sizes.single_bytes(wish.shape) + overhead
     most = max(room[site.position] for site in wish.sites)
-    return f"one GPU would have to give {gb(needed)}, the most free is {gb(most)}"
+    return f"on one GPU it needs {gb(needed)}, and at most {gb(most)} is free"
 
 
 def on_cpu(model_id: str, why: str) -> str:
@@ -51,7 +51,9 @@ def on_cpu(model_id: str, why: str) -> str:
 def coming(model_id: str, leaving: Iterable[RunningServer]) -> str:
     """Return that what is on its way out suffices."""
     named = ", ".join(_on_its_way(server) for server in leaving)
-    return f"model '{model_id}' waits for what is being freed: {named or 'older loads go first'}"
+    return (
+        f"model '{model_id}' waits for room that is being freed: {named or 'older loads go first'}"
+    )
 
 
 def _on_its_way(server: RunningServer) -> str:
@@ -65,7 +67,7 @@ def evicted(victim: RunningServer, model_id: str, now: float) -> str:
     held = sum(hold.reserved_bytes for hold in victim.holds.values())
     freed = f"frees {gb(held)}" if held else "frees a place in the pool"
     if victim.busy:
-        use = f"busy with {_requests(victim.busy)}, which finish; '{model_id}' has waited long"
+        use = f"finishes {_requests(victim.busy)} first; '{model_id}' has waited long"
     else:
         use = f"idle for {max(0.0, now - victim.last_used_at):.0f} s"
     return f"model '{victim.model_id}' makes room for '{model_id}': {freed}, {use}"
@@ -74,7 +76,7 @@ def evicted(victim: RunningServer, model_id: str, now: float) -> str:
 def making_room(model_id: str, victims: Iterable[RunningServer]) -> str:
     """Return that victims were chosen and the load waits for them."""
     named = ", ".join(f"'{victim.model_id}'" for victim in victims)
-    return f"model '{model_id}' waits until {named} made room"
+    return f"model '{model_id}' waits for {named} to make room"
 
 
 def fresh(model_id: str, victims: Iterable[RunningServer], wait_s: float) -> str:
@@ -82,7 +84,7 @@ def fresh(model_id: str, victims: Iterable[RunningServer], wait_s: float) -> str
     named = ", ".join(f"'{victim.model_id}'" for victim in victims)
     return (
         f"model '{model_id}' waits {max(0.0, wait_s):.1f} s for {named}:"
-        " loaded less than min_residency ago"
+        " it was loaded less than min_residency ago"
     )
 
 
@@ -105,7 +107,7 @@ def _requests(count: int) -> str:
 
 def blocked(model_id: str, needed: int, gpus: Sequence[str], pinned: Sequence[str]) -> str:
     """Return why nothing that we may end makes room."""
-    text = f"model '{model_id}' needs {gb(needed)}; even without our idle servers " + ", ".join(
+    text = f"model '{model_id}' needs {gb(needed)}; if all idle servers were stopped, " + ", ".join(
         gpus
     )
     if pinned:
@@ -147,7 +149,7 @@ def too_big(model_id: str, needed: int, available: int, count: int) -> str:
         f" ({gpus}, headroom taken off)"
     )
     if needed <= available:
-        text += ", but its layers are whole and do not divide so that each GPU's part fits"
+        text += ", but a layer can't be divided, and no division of the layers fits on every GPU"
     return (
         f"{text}; lower ctx_size, take a smaller quantization, allow more GPUs, or set"
         " partial_offload or cpu_fallback"

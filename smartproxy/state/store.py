@@ -1,4 +1,4 @@
-"""Read from state.db, write to it: one connection per thread and process. `prepare` makes it.
+"""Read from state.db, write to it: one connection per thread and process. `migrate` makes it.
 
 WAL: readers never wait for the writer. Writers take the lock at once (BEGIN IMMEDIATE), because a
 read transaction that turns into a write may fail with SQLITE_BUSY whatever the timeout.

@@ -1,7 +1,7 @@
 """What the manager sees of GPUs: the real nvidia-ml-py over the stand-in NVML library.
 
-Each test has a child of its own (fakes/nvml/look.py), because a process loads NVML once, and
-changes the world under it.
+Each test has a child of its own (support/fakes/nvml/look.py), because a process loads NVML once,
+and changes the world under it.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def test_all_that_a_plan_can_say_is_said_in_words_and_numbers(tmp_path: Path) ->
 
         said = command(proxy, "neu")
         assert said.returncode == 0, said.stderr
-        assert said.stdout.startswith("model 'new' would be started once others made room\n")
+        assert said.stdout.startswith("model 'new' would be started after others make room\n")
         assert "evicts: model 'old' makes room for 'new'" in said.stdout
         as_json = command(proxy, "new", "--json")
         assert json.loads(as_json.stdout)["evictions"][0]["model"] == "old"

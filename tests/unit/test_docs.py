@@ -35,6 +35,8 @@ class Table:
     head: str
     #: key -> what its default cell starts with
     defaults: dict[str, str]
+    #: key -> what its last cell says
+    sentences: dict[str, str]
 
 
 def tables(text: str) -> Iterator[Table]:
@@ -47,12 +49,14 @@ def tables(text: str) -> Iterator[Table]:
         if head[1] != "default":
             continue
         found: dict[str, str] = {}
+        sentences: dict[str, str] = {}
         for cells in rows:
             keys, defaults = re.findall(r"`(\w+)`", cells[0]), cells[1].split(", ")
             if len(defaults) == 1:
                 defaults *= len(keys)
             found |= dict(zip(keys, defaults, strict=True))
-        yield Table(head[0], found)
+            sentences |= dict.fromkeys(keys, cells[2])
+        yield Table(head[0], found, sentences)
 
 
 def written_default(model: type[BaseModel], key: str) -> str:
@@ -81,15 +85,18 @@ def wrong(text: str, heads: set[str]) -> list[str]:
             expected = written_default(model, key)
             if defaults[key] != expected and not defaults[key].startswith(f"{expected} "):
                 problems.append(f"{key}: says {defaults[key]}, is {expected}")
+            sentence = " ".join((model.model_fields[key].description or "").split())
+            if not f"{found[head].sentences[key]} ".startswith(f"{sentence} "):
+                problems.append(f"{key}: the settings say {sentence!r}")
     return problems
 
 
-def test_configuration_page_names_every_key_with_its_default() -> None:
+def test_configuration_page_names_every_key_with_its_default_and_sentence() -> None:
     assert wrong(CONFIGURATION.read_text(encoding="utf-8"), set(TABLES)) == []
 
 
 @pytest.mark.skipif(not README.exists(), reason="no README yet")
-def test_readme_names_every_key_with_its_default() -> None:
+def test_readme_names_every_key_with_its_default_and_sentence() -> None:
     assert wrong(README.read_text(encoding="utf-8"), {"key"}) == []
 
 
@@ -100,6 +107,7 @@ def test_wrong_tables_are_noticed() -> None:
         (page.replace("| `max_queue` |", "| `max_queues` |"), "max_queue is missing"),
         (page.replace("| `max_queue` |", "| `max_queues` |"), "max_queues is no key"),
         (page.replace("| key of a model |", "| keys |"), "no table of 'key of a model'"),
+        (page.replace("Load it at start.", "Load it."), "preload: the settings say 'Load it at"),
     ]:
         assert any(problem.startswith(said) for problem in wrong(changed, set(TABLES))), said
 

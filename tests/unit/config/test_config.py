@@ -198,46 +198,49 @@ def test_state_dir_is_named_by_argument_then_environment_then_key(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (model(max_gpus="two"), 'models.llama-7b.max_gpus: got "two", wants a whole number of at'),
-        (model(max_gpus=True), "models.llama-7b.max_gpus: got true, wants a whole number"),
+        (
+            model(max_gpus="two"),
+            'models.llama-7b.max_gpus: got "two", must be a whole number of at',
+        ),
+        (model(max_gpus=True), "models.llama-7b.max_gpus: got true, must be a whole number"),
         (model(max_gpu=2), 'models.llama-7b.max_gpu: unknown key, did you mean "max_gpus"?'),
         (model(queue_timeout=2), "models.llama-7b.queue_timeout: unknown key here, it goes to the"),
         ({"pinned": True}, "pinned: unknown key here, it goes under a model (models.NAME.pinned)"),
         ({"ctxsize": 1}, 'ctxsize: unknown key, did you mean "ctx_size"?'),
-        ({"zzz": 1}, "zzz: unknown key, wants one of $schema, admin_keys,"),
+        ({"zzz": 1}, "zzz: unknown key, must be one of $schema, admin_keys,"),
         ({"server_pool": {"siz": 4}}, 'server_pool.siz: unknown key, did you mean "size"?'),
-        ({"ctx_size": 0}, 'ctx_size: got 0, wants a whole number from 1 to 2147483647 or "auto"'),
-        ({"ctx_size": "2048"}, 'ctx_size: got "2048", wants'),
-        ({"ctx_size": 20.5}, "ctx_size: got 20.5, wants a whole number"),
-        ({"parallel": 0}, "parallel: got 0, wants a whole number from 1 to 256"),
-        ({"cache_type_bits": 5}, "cache_type_bits: got 5, wants one of 16, 8, 4"),
-        ({"cache_type_k": "q9_0"}, 'cache_type_k: got "q9_0", wants one of "f32", "f16"'),
+        ({"ctx_size": 0}, 'ctx_size: got 0, must be a whole number from 1 to 2147483647 or "auto"'),
+        ({"ctx_size": "2048"}, 'ctx_size: got "2048", must be'),
+        ({"ctx_size": 20.5}, "ctx_size: got 20.5, must be a whole number"),
+        ({"parallel": 0}, "parallel: got 0, must be a whole number from 1 to 256"),
+        ({"cache_type_bits": 5}, "cache_type_bits: got 5, must be one of 16, 8, 4"),
+        ({"cache_type_k": "q9_0"}, 'cache_type_k: got "q9_0", must be one of "f32", "f16"'),
         (
             {"gpu_allocation_strategy": "spread"},
-            'gpu_allocation_strategy: got "spread", wants one of "single-gpu-preferred", '
+            'gpu_allocation_strategy: got "spread", must be one of "single-gpu-preferred", '
             '"distribute", "packed"',
         ),
-        ({"cpu_fallback": "yes"}, 'cpu_fallback: got "yes", wants true or false'),
-        ({"gpu_mem_threshold": 50}, "gpu_mem_threshold: got 50, wants a number from 0 to 1"),
-        ({"queue_timeout": 0}, "queue_timeout: got 0, wants a number above 0, at most 15552000"),
-        ({"queue_timeout": None}, "queue_timeout: got null, wants a number"),
-        ({"backend": "ollama"}, 'backend: got "ollama", wants "llama.cpp"'),
-        ({"server_pool": {"size": 0}}, "server_pool.size: got 0, wants a whole number from 1 to"),
+        ({"cpu_fallback": "yes"}, 'cpu_fallback: got "yes", must be true or false'),
+        ({"gpu_mem_threshold": 50}, "gpu_mem_threshold: got 50, must be a number from 0 to 1"),
+        ({"queue_timeout": 0}, "queue_timeout: got 0, must be a number above 0, at most 15552000"),
+        ({"queue_timeout": None}, "queue_timeout: got null, must be a number"),
+        ({"backend": "ollama"}, 'backend: got "ollama", must be "llama.cpp"'),
+        ({"server_pool": {"size": 0}}, "server_pool.size: got 0, must be a whole number from 1 to"),
         (
             {"server_pool": {"size": 4, "port_start": 65517}},
             "server_pool: ports 65517-65536 (size 4 and 16 more) go past port 65535",
         ),
         (
             {"server_pool": {"port_start": 7998}},
-            "port: 8000 is one of the servers' ports 7998-8017 (server_pool): wants another",
+            "port: 8000 is one of the servers' ports 7998-8017 (server_pool): choose another",
         ),
-        ({"models": {"a": {}}}, "models.a: wants a path (a GGUF file), or a repo"),
-        ({"models": {"a": "x.gguf"}}, 'models.a: got "x.gguf", wants an object'),
-        ({"models": {"a": {"path": ""}}}, "models.a.path: wants text that is not empty"),
-        ({"models": {"a": {"path": "a\x00b"}}}, "models.a.path: wants text that is not empty"),
-        ({"models": {"a,b": {"path": "x"}}}, "models.a,b: wants a name without commas"),
+        ({"models": {"a": {}}}, "models.a: must have a path (a GGUF file) or a repo"),
+        ({"models": {"a": "x.gguf"}}, 'models.a: got "x.gguf", must be an object'),
+        ({"models": {"a": {"path": ""}}}, "models.a.path: must be text that is not empty"),
+        ({"models": {"a": {"path": "a\x00b"}}}, "models.a.path: must be text that is not empty"),
+        ({"models": {"a,b": {"path": "x"}}}, "models.a,b: must be a name without commas"),
         ({"models": {"": {"path": "x"}}}, "models."),
-        ({"models": {"-m": {"path": "x"}}}, "models.-m: wants a name"),
+        ({"models": {"-m": {"path": "x"}}}, "models.-m: must be a name"),
         (
             {"models": {"a": {"path": "x"}, "b": {"path": "y", "aliases": ["c", "a"]}}},
             'models.b.aliases: "a" already names "a"',
@@ -251,21 +254,27 @@ def test_state_dir_is_named_by_argument_then_environment_then_key(
             },
             'models.b.aliases: "c" already names "a"',
         ),
-        (model(variant="Q8_0"), "models.llama-7b: variant says which file of a repo: wants repo"),
-        (model(repo="user/name:Q8_0"), 'models.llama-7b.repo: got "user/name:Q8_0", wants "user/'),
-        (model(gpus=[]), "models.llama-7b.gpus: got [], wants a list of at least one"),
-        (model(gpus=[0, -1]), "models.llama-7b.gpus.1: got -1, wants a GPU number or a uuid"),
-        (model(gpus=["0"]), 'models.llama-7b.gpus.0: got "0", wants a GPU number or a uuid'),
-        (model(cpu=True, gpus=[0]), "models.llama-7b: cpu is true: wants no gpus"),
-        (model(estimated_vram=0), "models.llama-7b.estimated_vram: got 0, wants a number above 0"),
-        (model(ttl=-1), "models.llama-7b.ttl: got -1, wants a number from 0 to"),
+        (model(variant="Q8_0"), "models.llama-7b: variant says which file of a repo: repo must"),
+        (
+            model(repo="user/name:Q8_0"),
+            'models.llama-7b.repo: got "user/name:Q8_0", must be "user/',
+        ),
+        (model(gpus=[]), "models.llama-7b.gpus: got [], must be a list of at least one"),
+        (model(gpus=[0, -1]), "models.llama-7b.gpus.1: got -1, must be a GPU number or a uuid"),
+        (model(gpus=["0"]), 'models.llama-7b.gpus.0: got "0", must be a GPU number or a uuid'),
+        (model(cpu=True, gpus=[0]), "models.llama-7b: cpu is true: gpus and"),
+        (
+            model(estimated_vram=0),
+            "models.llama-7b.estimated_vram: got 0, must be a number above 0",
+        ),
+        (model(ttl=-1), "models.llama-7b.ttl: got -1, must be a number from 0 to"),
         ({"models_dir": "nowhere"}, "models_dir: "),
         ({"llama_server": "nowhere"}, "llama_server: "),
         ({"state_dir": "config.json"}, "state_dir: "),
         ({"yy": 1, "queue_timeout": 0, "zz": 2}, "(and 2 more problems)"),
     ],
 )
-def test_wrong_value_is_one_line_with_key_got_and_wants(
+def test_wrong_value_is_one_line_with_key_got_and_expected(
     tmp_path: Path, content: Any, said: str
 ) -> None:
     assert said in complaint(tmp_path, content)
@@ -277,11 +286,11 @@ def test_wrong_value_is_one_line_with_key_got_and_wants(
         ('{"port": 1,\n  x}', "line 2, column 3: Expecting property name"),
         ('{"port": 1,\n  }', "column"),  # Python 3.13 has a text of its own for this comma
         ("", "line 1, column 1: Expecting value"),
-        ("[]", "wants a JSON object"),
+        ("[]", "must be a JSON object"),
         ('{"port": 1, "port": 2}', '"port" stands twice in one object'),
         ('{"models": {"a": {"path": "x"}, "a": {"path": "y"}}}', '"a" stands twice'),
-        ('{"queue_timeout": NaN}', "NaN is no JSON"),
-        ('{"queue_timeout": 1e999}', "queue_timeout: got Infinity, wants a number"),
+        ('{"queue_timeout": NaN}', "NaN is not JSON"),
+        ('{"queue_timeout": 1e999}', "queue_timeout: got Infinity, must be a number"),
         ('{"port": ' + "1" * 5000 + "}", "Exceeds the limit"),
         ("[" * 100_000, "is nested too deeply"),
         ('{"a":' * 500 + "1" + "}" * 500, ""),
@@ -402,7 +411,7 @@ def test_per_model_keys_follow_the_general_ones_unless_given() -> None:
 
 def test_published_schema_is_that_of_the_code() -> None:
     assert SCHEMA_PATH.read_text(encoding="utf-8") == schema_text(), (
-        "stale: run python -m smartproxy.config"
+        "stale: run python -m smartproxy.config.load"
     )
 
 

@@ -135,7 +135,7 @@ def test_either_old_switch_turns_monitoring_off(
 def test_todays_key_wins_over_an_older_one_with_a_warning() -> None:
     translation = translate({"port": 81, "server": {"port": 82}})
     assert translation.data == {"port": 81}
-    assert translation.warnings == ('server.port is ignored: "port" is there too, and wins',)
+    assert translation.warnings == ('server.port is ignored: "port" is set too, and is used',)
 
 
 def test_of_the_two_old_strategy_keys_the_later_one_wins() -> None:
@@ -149,7 +149,7 @@ def test_todays_model_wins_over_an_older_one_of_its_name() -> None:
         {"models": {"a": {"path": "new"}}, "llama_cpp": {"models": {"a": {"path": "old"}}}}
     )
     assert translation.data == {"models": {"a": {"path": "new"}}}
-    assert 'llama_cpp.models.a is ignored: "models" has it too, and wins' in translation.warnings
+    assert 'llama_cpp.models.a is ignored: "models" has it too, and is used' in translation.warnings
 
 
 def test_todays_form_passes_through_untouched() -> None:
@@ -169,13 +169,16 @@ def test_what_was_given_is_not_changed() -> None:
     ("content", "said"),
     [
         ({"gpu": {"foo": 1}}, 'gpu.foo: unknown key in the older "gpu"'),
-        ({"gpu": 3}, "gpu: this older section wants an object"),
-        ({"server": []}, "server: this older section wants an object"),
-        ({"llama_cpp": {"models": 3}}, "llama_cpp.models: wants an object of models by id"),
+        ({"gpu": 3}, "gpu: this older section must be an object"),
+        ({"server": []}, "server: this older section must be an object"),
+        ({"llama_cpp": {"models": 3}}, "llama_cpp.models: must be an object of models by id"),
         ({"ollama": {"modles": []}}, "ollama.modles: unknown key"),
         # the key that the user wrote, not the one it became
-        ({"gpu": {"monitoring_interval": "x"}}, 'gpu.monitoring_interval: got "x", wants a number'),
-        ({"server_pool": {"num_servers": 0}}, "server_pool.num_servers: got 0, wants a whole"),
+        (
+            {"gpu": {"monitoring_interval": "x"}},
+            'gpu.monitoring_interval: got "x", must be a number',
+        ),
+        ({"server_pool": {"num_servers": 0}}, "server_pool.num_servers: got 0, must be a whole"),
         (
             {"llama_cpp": {"models": {"q": {"repo": "a/b", "pin": True}}}},
             'llama_cpp.models.q.pin: unknown key, did you mean "pinned"?',

@@ -153,7 +153,7 @@ def test_model_that_fits_no_single_gpu_is_split_over_the_fewest() -> None:
     decision = plan(snapshot([gpu(0, 12), gpu(1, 24), gpu(2, 16)], loads=[load("m", 34)]))
     assert gpus_of(decision) == [1, 2]
     assert decision.starts[0].placement.layout.tensor_split == (10.0, 6.0)
-    assert "one GPU would have to give 34.0 GB, the most free is 24.0 GB" in only(decision, "start")
+    assert "on one GPU it needs 34.0 GB, and at most 24.0 GB is free" in only(decision, "start")
 
 
 def test_distributed_model_that_may_have_one_gpu_only_gets_the_roomiest() -> None:
@@ -263,7 +263,7 @@ def test_least_recently_used_of_equals_makes_room() -> None:
     decision = plan(snapshot([gpu(0, 24)], idle, [load("new", 8)]))
     assert evicted(decision) == ["m1"]
     assert "frees 8.0 GB, idle for 90 s" in decision.evictions[0].reason
-    assert "until 'm1' made room" in only(decision, "wait")
+    assert "waits for 'm1' to make room" in only(decision, "wait")
 
 
 def test_only_servers_whose_end_helps_are_chosen() -> None:

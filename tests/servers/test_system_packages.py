@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 OWN_VERSION = "{}.{}".format(*sys.version_info)
 #: new enough, but without what an environment takes, as Debian's python3 without python3-venv
 WITHOUT_VENV = """#!/bin/sh
@@ -19,7 +20,7 @@ echo 3.99
 
 
 def test_a_bare_machine_is_told_what_was_skipped_and_how_to_get_it(tmp_path: Path) -> None:
-    two_tests = ["tests/test_fake_gpu_memory.py", "-k", "memory_comes or takes_memory"]
+    two_tests = ["tests/servers/test_stand_in_memory.py", "-k", "memory_comes or takes_memory"]
     told = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *two_tests],
         cwd=ROOT,
