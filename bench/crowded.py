@@ -13,6 +13,7 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 from smartproxy.gpus.cuda import default_overhead_bytes
+from smartproxy.gpus.types import Gpu
 from smartproxy.memory.estimate import Loaded, make_need
 from smartproxy.memory.types import EstimateOptions, Layout
 from smartproxy.model_file.metadata import read_metadata
@@ -25,7 +26,7 @@ from smartproxy.planner.types import (
     Snapshot,
     WaitingLoad,
 )
-from smartproxy.types import GIB, MIB, Gpu, ServerState
+from smartproxy.types import GIB, MIB, ServerState
 from tests.support import gguf_files, gguf_models
 
 NOW = 1_000_000.0
@@ -148,7 +149,6 @@ def waiting(
         WaitingLoad(
             model_id=model.model_id,
             asked_at=NOW - asked_s,
-            expires_at=NOW + 300,
             requests=1,
             need=make_need(
                 Loaded(metadata=model.metadata, options=model.options),

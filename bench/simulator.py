@@ -14,6 +14,7 @@ from heapq import heappop, heappush
 from itertools import count
 
 from bench.traces import Request, Trace
+from smartproxy.gpus.types import Gpu
 from smartproxy.memory.types import Need
 from smartproxy.planner.types import (
     Decision,
@@ -27,7 +28,7 @@ from smartproxy.planner.types import (
     WaitingLoad,
 )
 from smartproxy.planner.victims import HALF_LIFE_S
-from smartproxy.types import GIB, Gpu, ServerState
+from smartproxy.types import GIB, ServerState
 from tests.support.worlds import OVERHEAD_BYTES, sketch_of
 
 #: starting a process and reading the model
@@ -245,7 +246,6 @@ def snapshot(world: _World) -> Snapshot:
             WaitingLoad(
                 model_id=str(model),
                 asked_at=asked_at,
-                expires_at=asked_at + 1e9,
                 requests=len(world.queues[model]),
                 need=world.needs[model],
                 policy=PlacePolicy(),

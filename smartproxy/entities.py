@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, computed_field, field_validator
 
+from smartproxy.gpus.types import GpuState
 from smartproxy.planner.types import Strategy
-from smartproxy.types import GIB, Gpu, GpuState, ServerState
+from smartproxy.types import ServerState
 
 GpuId = Annotated[int, Field(ge=0)]
 Pid = Annotated[int, Field(gt=0)]
@@ -247,36 +248,6 @@ class GPUPoolStatus(_Entity):
     @property
     def gpu_available(self) -> bool:
         return self.total_gpus > 0
-
-
-def gpu_entity(gpu: Gpu, *, models: Sequence[str] = ()) -> GPU:
-    """Return one observed GPU with the ids of our models on it; raises ValidationError."""
-    held = GpuState.ASSIGNED if models else GpuState.AVAILABLE
-    return GPU(
-        id=gpu.index,
-        name=gpu.name,
-        total_memory=gpu.total_bytes / GIB,
-        free_memory=gpu.free_bytes / GIB,
-        used_memory=gpu.used_bytes / GIB,
-        utilization=gpu.utilization,
-        temperature=gpu.temperature_c,
-        power_usage=gpu.power_w,
-        assigned_models=list(models),
-        compute_capability=gpu.compute_capability,
-        uuid=gpu.uuid,
-        pci_bus_id=gpu.pci_bus_id or None,
-        mig=gpu.mig,
-        state=held if gpu.error is None else GpuState.ERROR,
-        error=gpu.error,
-        processes=[
-            GPUProcess(
-                pid=process.pid,
-                name=process.name,
-                used_memory=None if process.used_bytes is None else process.used_bytes / GIB,
-            )
-            for process in gpu.processes
-        ],
-    )
 
 
 def pool_status(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,10 @@ MARKS_OF_FOLDERS = {
     "real": ("servers", "real"),
     "gpu": ("servers", "real", "gpu"),
 }
+
+# the stand-ins are started by `env python3`: this Python's own, not a version manager's shim that
+# takes ten times as long
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 # by --hypothesis-profile; see tests/support/examples.py
 settings.register_profile("fast", max_examples=10)

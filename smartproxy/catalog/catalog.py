@@ -42,7 +42,6 @@ class ModelSpec:
     parts: tuple[Path, ...]
     repo: str | None
     variant: str | None
-    backend: str
     mmproj: Path | None
     draft_model: Path | None
     #: tokens of the server, all slots together; None = as many as fit
@@ -234,7 +233,6 @@ def _spec(
         parts=parts,
         repo=model.repo,
         variant=model.variant,
-        backend=settings.backend,
         mmproj=model.mmproj,
         draft_model=model.draft_model,
         context_size=None if context_size == "auto" else context_size,

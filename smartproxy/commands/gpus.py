@@ -37,7 +37,7 @@ def gpus_command(config: Path | None, state_dir: Path | None, processes: bool) -
     try:
         pool, manager = view.pool(store, settings), manager_row(store)
     finally:
-        store.close()
+        store.close_all()
     click.echo(gpu_table(pool.gpu_list) if pool.gpu_list else "no GPUs: models run on the CPU")
     if processes and pool.gpu_list:
         click.echo("\n" + process_table(pool.gpu_list))

@@ -51,7 +51,7 @@ def plan_command(model: str, config: Path | None, state_dir: Path | None, as_jso
         question = Question(kind="plan", model_id=spec.id, limit_s=LIMIT_S)
         told = ask_manager(store, settings.state_dir, question)
     finally:
-        store.close()
+        store.close_all()
     click.echo(json.dumps(told, indent=2) if as_json else "\n".join(lines(told)))
 
 

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import pynvml
 
 from smartproxy.errors import ObserveError
-from smartproxy.types import Gpu, GpuProcess, GpuSnapshot
+from smartproxy.gpus.types import Gpu, GpuProcess, GpuSnapshot
 
 #: how long to wait before initialising NVML again, after it failed or while a GPU is failing
 RETRY_S = 10.0

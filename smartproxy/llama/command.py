@@ -8,6 +8,8 @@ changing the plan. Extra arguments that say such a thing are in those options, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from smartproxy.catalog.catalog import ModelSpec
@@ -17,6 +19,29 @@ from smartproxy.llama.binary import Binary, child_environment
 from smartproxy.memory.estimate import Loaded
 from smartproxy.memory.types import EstimateOptions
 from smartproxy.planner.types import Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What the command line of a server of ours says, as far as its row needs it."""
+
+    model_id: str
+    port: int
+    context_size: int
+    parallel: int
+    gpu_layers: int
+
+
+def read_command(argv: Sequence[str]) -> Said:
+    """Return what `command` wrote. Raises KeyError or ValueError for another one's."""
+    flag = {name: value for name, value in pairwise(argv) if name.startswith("--")}
+    return Said(
+        model_id=flag["--alias"],
+        port=int(flag["--port"]),
+        context_size=int(flag["--ctx-size"]),
+        parallel=int(flag["--parallel"]),
+        gpu_layers=int(flag["--n-gpu-layers"]),
+    )
 
 
 def command(

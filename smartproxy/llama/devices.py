@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from smartproxy.errors import LoadFailed
+from smartproxy.gpus.types import Gpu
 from smartproxy.llama.binary import Device
 from smartproxy.planner.types import GpuShare
-from smartproxy.types import Gpu
 
 #: Vulkan's largest heap against NVML's total; drivers keep some back
 SIZE_TOLERANCE = 0.1

@@ -24,7 +24,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config.load import load_settings
 from smartproxy.config.settings import Settings
-from smartproxy.errors import ConfigError
+from smartproxy.errors import ConfigError, ShuttingDown
 from smartproxy.lifetime import die_with_parent, worker_alive
 from smartproxy.llama import binary
 from smartproxy.log import setup_logging
@@ -258,7 +258,7 @@ def _refuse_all(store: Store) -> None:
         store,
         ids,
         now=time.time(),
-        error_code="shutting_down",
+        error_code=ShuttingDown.code,
         message="the proxy is being stopped",
     )
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from smartproxy.errors import LoadFailed, SmartProxyError, StateRefused
-from smartproxy.llama import process
+from smartproxy.errors import LoadFailed, SmartProxyError, StateRefused, UpstreamError
+from smartproxy.llama import log
 from smartproxy.manager.bring_down import Ending, drain, take_down
 from smartproxy.manager.bring_up import Loading, argv_of, bring_up, free_port
 from smartproxy.manager.context import Tools, in_thread
@@ -102,9 +102,6 @@ def _answer(
     )
 
 
-# --- starting --------------------------------------------------------------------------------
-
-
 def start(loading: Loading, begun: Start, decided: Decided, now: float) -> None:
     """Write the server and what it is promised, then bring it up in a thread."""
     tools = loading.tools
@@ -160,9 +157,6 @@ def _assigned(share: GpuShare) -> NewAssignment:
 def _log_path(tools: Tools, model_id: str, now: float) -> Path:
     safe = "".join(c if c.isalnum() or c in "-._" else "_" for c in model_id).lstrip(".")
     return tools.log_dir / f"{safe[:80]}-{int(now * 1000)}.log"
-
-
-# --- stopping --------------------------------------------------------------------------------
 
 
 def evict(loading: Loading, eviction: Evict, decided: Decided, now: float) -> None:
@@ -232,9 +226,6 @@ def stop_starting(ending: Ending, server_id: int, reason: str, now: float) -> No
         in_thread(ending.tools, take_down, ending, server_id)
 
 
-# --- exits -----------------------------------------------------------------------------------
-
-
 def notice_exits(ending: Ending, now: float) -> None:
     """Carry servers whose process is gone to failed; starting ones are seen by their thread."""
     for row in server_rows.live_servers(ending.tools.store):
@@ -244,7 +235,7 @@ def notice_exits(ending: Ending, now: float) -> None:
             continue
         ending.lingering.note_end(row.id, now)
         exit_code = child.exit_code() if child else None
-        why = process.explain_exit(exit_code, process.tail(Path(row.log_path)))
+        why = log.explain_exit(exit_code, log.tail(Path(row.log_path)))
         message = f"model '{row.model_id}': its llama-server {why}"
         server_rows.transition(
             ending.tools.store,
@@ -253,7 +244,7 @@ def notice_exits(ending: Ending, now: float) -> None:
             ServerState.FAILED,
             now=now,
             reason=message,
-            error_code="backend_failed",
+            error_code=UpstreamError.code,
             error_message=message,
             exit_code=exit_code,
         )

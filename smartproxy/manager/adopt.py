@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from itertools import pairwise
 
 import psutil
 
-from smartproxy.errors import StateRefused
+from smartproxy.errors import StateRefused, UpstreamError
 from smartproxy.lifetime import OWNER_VARIABLE, owned_processes
 from smartproxy.llama import process
+from smartproxy.llama.command import read_command
 from smartproxy.manager import measure
 from smartproxy.manager.bring_down import drain, take_down
 from smartproxy.manager.bring_up import Loading, resume
@@ -71,7 +71,7 @@ def _settle_dead(tools: Tools, row: LiveServer) -> None:
     error: ServerColumns = {}
     if after == ServerState.FAILED:
         message = f"model '{row.model_id}': {reason}"
-        error = {"error_code": "backend_failed", "error_message": message}
+        error = {"error_code": UpstreamError.code, "error_message": message}
     server_rows.transition(tools.store, row.id, state, after, now=now, reason=reason, **error)
 
 
@@ -103,19 +103,18 @@ def _adopt_unknown(loading: Loading, found: psutil.Process) -> None:
 
 def _new_server(tools: Tools, found: psutil.Process) -> NewServer:
     """Read what a row needs from a server's command line and environment."""
-    argv, env = found.cmdline(), found.environ()
-    flag = {name: value for name, value in pairwise(argv) if name.startswith("--")}
+    said, env = read_command(found.cmdline()), found.environ()
     assert env[OWNER_VARIABLE] == str(tools.settings.state_dir)
     return NewServer(
-        model_id=flag["--alias"],
-        port=int(flag["--port"]),
+        model_id=said.model_id,
+        port=said.port,
         api_key=env["LLAMA_API_KEY"],
         command="[]",
         log_path=str(tools.log_dir / f"adopted-{found.pid}.log"),
         settings_key="",
         pid=found.pid,
         pid_started_at=found.create_time(),
-        context_size=int(flag["--ctx-size"]),
-        parallel=int(flag["--parallel"]),
-        gpu_layers=int(flag["--n-gpu-layers"]),
+        context_size=said.context_size,
+        parallel=said.parallel,
+        gpu_layers=said.gpu_layers,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smartproxy.errors import SmartProxyError
+from smartproxy.errors import ModelNotFound, SmartProxyError
 from smartproxy.manager import needs, shortage
 from smartproxy.manager.context import Tools
 from smartproxy.manager.failures import Failures
@@ -54,7 +54,7 @@ def _settled(
 ) -> tuple[bool, str | None, str | None]:
     """Return whether a demand is settled, and the error it is answered with (None: done)."""
     if wish.model_id not in tools.catalog.models:
-        return True, "model_not_found", f"no model '{wish.model_id}' is configured"
+        return True, ModelNotFound.code, f"no model '{wish.model_id}' is configured"
     if wish.kind == "unload":
         return row is None, None, None
     if wish.kind == "plan":
@@ -96,7 +96,6 @@ def _as_if_asked(sources: Sources, wish: Demand, now: float) -> WaitingLoad:
     return WaitingLoad(
         model_id=spec.id,
         asked_at=now,
-        expires_at=now + tools.settings.queue_timeout,
         requests=1,
         need=shortage.need_of(tools, sources.shortages, spec),
         policy=needs.policy_of(view.gpus, spec),

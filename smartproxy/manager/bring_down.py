@@ -8,9 +8,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import requests
-
 from smartproxy.llama import process
+from smartproxy.llama.http import slots_busy
 from smartproxy.manager.children import Children
 from smartproxy.manager.context import Tools
 from smartproxy.manager.lingering import Lingering
@@ -18,7 +17,6 @@ from smartproxy.state import servers as server_rows
 from smartproxy.types import ServerState
 
 DRAIN_LOOK_EVERY_S = 0.02
-SLOTS_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,19 +73,6 @@ def _keep(tools: Tools, server_id: int, slots: int) -> None:
         last_used_at=now,
     )
     tools.poke()
-
-
-def slots_busy(port: int, api_key: str) -> int:
-    """Return how many slots a server is using; 0 when it does not say."""
-    try:
-        answer = requests.get(
-            f"http://127.0.0.1:{port}/slots",
-            headers={"Authorization": f"Bearer {api_key}"},
-            timeout=SLOTS_TIMEOUT_S,
-        )
-        return sum(bool(slot.get("is_processing")) for slot in answer.json())
-    except (requests.RequestException, ValueError, AttributeError):
-        return 0
 
 
 def take_down(ending: Ending, server_id: int, grace_s: float = process.TERM_GRACE_S) -> None:

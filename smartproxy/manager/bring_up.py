@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import time
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ import psutil
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.config.settings import SPARE_PORTS, Settings, span
 from smartproxy.errors import LoadFailed, LoadTimeout, SmartProxyError
-from smartproxy.llama import out_of_memory, process
+from smartproxy.llama import log, out_of_memory, process
 from smartproxy.llama.command import command, environment
 from smartproxy.llama.devices import device_names
+from smartproxy.llama.http import healthy
 from smartproxy.llama.out_of_memory import Lacking
 from smartproxy.llama.process import Child
 from smartproxy.manager import measure, shortage
@@ -45,10 +45,6 @@ FIRST_PROBE_EVERY_S = 0.002
 LAST_PROBE_EVERY_S = 0.02
 #: and in between this part of the time it has taken: noticed late by as little, at little cost
 PROBE_SHARE = 0.02
-PROBE_TIMEOUT_S = 2.0
-PROBE = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
-STATUS_BYTES = len(b"HTTP/1.1 200 ")
-READY = re.compile(rb"HTTP/1\.[01] 200\b")
 #: how often its progress is looked at
 PROGRESS_EVERY_S = 0.5
 PORT_TRIES = 5
@@ -188,14 +184,14 @@ def _await_ready(loading: Loading, server_id: int, spec: ModelSpec) -> None:
 
 def _why_ended(store: Store, row: ServerRow, model_id: str, exit_code: int | None) -> LoadFailed:
     """Return the error of a server that ended before it was ready."""
-    log = process.tail(Path(row.log_path))
-    why = process.explain_exit(exit_code, log)
+    text = log.tail(Path(row.log_path))
+    why = log.explain_exit(exit_code, text)
     message = f"model '{model_id}' did not load: its llama-server {why} (log: {row.log_path})"
-    if process.PORT_TAKEN.search(log):
+    if log.PORT_TAKEN.search(text):
         return PortTaken(message)
-    lacking = out_of_memory.lacking(log)
+    lacking = out_of_memory.lacking(text)
     if lacking is Lacking.GPU and assignments(store).get(row.id):
-        return OutOfGpuMemory(message, log)
+        return OutOfGpuMemory(message, text)
     if lacking is Lacking.HOST:
         needed, free = row.host_estimated_bytes or 0, psutil.virtual_memory().available
         message += f"; main memory: {gb(needed)} estimated, {gb(free)} available now"
@@ -245,20 +241,6 @@ class Progress:
             return log_bytes, child.memory_info().rss >> 20, child.io_counters().read_chars >> 20
         except (OSError, psutil.Error):
             return ()
-
-
-def healthy(port: int) -> bool:
-    """Return whether the server on a port says it is ready (not: the port is open)."""
-    # a plain socket: asked hundreds of times while the machine is busy loading
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=PROBE_TIMEOUT_S) as sock:
-            sock.sendall(PROBE)
-            said = b""
-            while len(said) < STATUS_BYTES and (more := sock.recv(64)):
-                said += more
-    except OSError:
-        return False
-    return READY.match(said) is not None
 
 
 def free_port(tools: Tools, *, after: int | None = None) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 
+from smartproxy.gpus.types import Gpu
 from smartproxy.manager.act import stop_starting, unload
 from smartproxy.manager.bring_down import Ending, take_down
 from smartproxy.manager.context import in_thread
@@ -17,7 +18,7 @@ from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import assignments
 from smartproxy.state.server_row import LiveServer
-from smartproxy.types import Gpu, ServerState
+from smartproxy.types import ServerState
 
 #: a driver that has a bad moment unloads nothing: failing looks must be so far apart
 UNREADABLE_S = 5.0

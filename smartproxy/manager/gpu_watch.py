@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 
 from smartproxy.gpus.nvml import GpuObserver
+from smartproxy.gpus.types import Gpu, GpuSnapshot
 from smartproxy.manager.context import Tools
 from smartproxy.state import gpus
-from smartproxy.types import Gpu, GpuSnapshot
 
 logger = logging.getLogger(__name__)
 

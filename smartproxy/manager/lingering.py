@@ -13,13 +13,14 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from smartproxy.gpus.types import Gpu, GpuSnapshot
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.planner.types import Hold, RunningServer
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import AssignmentRow, assignments
 from smartproxy.state.server_row import LiveServer, ServerRow
 from smartproxy.state.store import Store
-from smartproxy.types import MIB, Gpu, GpuSnapshot, ServerState
+from smartproxy.types import MIB, ServerState
 
 logger = logging.getLogger(__name__)
 

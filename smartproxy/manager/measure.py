@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from smartproxy.catalog.catalog import ModelSpec
+from smartproxy.gpus.types import GpuSnapshot
 from smartproxy.llama.buffer_lines import HOST, measured_buffers
 from smartproxy.manager import needs
 from smartproxy.manager.context import Tools
@@ -32,7 +33,7 @@ from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import AssignmentRow, assignments
 from smartproxy.state.measurements import MeasurementRow, Taken
 from smartproxy.state.server_row import LiveServer, ServerRow
-from smartproxy.types import MIB, GpuSnapshot, ServerState
+from smartproxy.types import MIB, ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,6 @@ HEAD_BYTES = 8 << 20
 HOST_STEP = 1.02
 #: growth over what was told already that is worth another error
 TOLD_STEP = 1.01
-
-
-# --- before and after a load -----------------------------------------------------------------
 
 
 def expect(
@@ -158,9 +156,6 @@ def _tell_of_buffers(
     on_host = part.device == measurements.HOST
     # memory of the host is not promised to anybody: no harm was done
     _tell(tools, message, row, part, logging.WARNING if on_host else logging.ERROR)
-
-
-# --- while it runs ---------------------------------------------------------------------------
 
 
 def sample(tools: Tools, view: GpuView) -> None:

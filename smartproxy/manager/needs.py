@@ -17,6 +17,7 @@ from typing import Any
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed, MetadataError
 from smartproxy.gpus.cuda import default_overhead_bytes
+from smartproxy.gpus.types import Gpu
 from smartproxy.manager.context import Tools
 from smartproxy.manager.served import file_key, loaded_of, metadata_of, options_key
 from smartproxy.memory.correct import Learned, Lesson, at_least, corrected, learn, overridden
@@ -27,7 +28,6 @@ from smartproxy.planner.types import PlacePolicy
 from smartproxy.state import measurements, models
 from smartproxy.state.measurements import MeasurementRow
 from smartproxy.state.models import ModelRow
-from smartproxy.types import Gpu
 
 logger = logging.getLogger(__name__)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import requests
-
+from smartproxy.llama.http import counters
 from smartproxy.manager.context import Tools
 from smartproxy.state import servers as server_rows
 from smartproxy.state.server_row import LiveServer, ServerColumns
@@ -17,8 +15,6 @@ from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 2.0
-METRIC = re.compile(r"^llamacpp:(\w+) ([-+.eE\d]+)$", re.M)
 #: a log over this size is cut back; llama-server appends, so that it goes on at the new end
 LOG_LIMIT_BYTES = 64 << 20
 
@@ -36,17 +32,8 @@ def watch(tools: Tools) -> None:
 
 def _ask(row: LiveServer) -> ServerColumns:
     """Return columns, or nothing when the server does not answer in time."""
-    session = requests.Session()
-    session.headers["Authorization"] = f"Bearer {row.api_key}"
-    base = f"http://127.0.0.1:{row.port}"
-    try:
-        metrics = dict(METRIC.findall(session.get(f"{base}/metrics", timeout=TIMEOUT_S).text))
-        slots = session.get(f"{base}/slots", timeout=TIMEOUT_S).json()
-    except (requests.RequestException, ValueError):
-        return {}
-    if not metrics or not isinstance(slots, list):
-        return {}
-    return _columns(row, {name: float(value) for name, value in metrics.items()}, slots)
+    said = counters(row.port, row.api_key)
+    return {} if said is None else _columns(row, said.metrics, said.slots)
 
 
 def _columns(

@@ -9,7 +9,6 @@ second death in a row is its failure, told with the numbers.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -27,8 +26,6 @@ from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import AssignmentRow, assignments
 from smartproxy.state.store import Store
 from smartproxy.types import MIB, ServerState
-
-logger = logging.getLogger(__name__)
 
 #: what an estimate that proved too low is raised by at least: this share, and these bytes
 LEAST_RAISE = 0.1

@@ -138,7 +138,6 @@ def _waiting(
             waiting[model_id] = WaitingLoad(
                 model_id=model_id,
                 asked_at=asked_at,
-                expires_at=asked_at + sources.tools.settings.queue_timeout,
                 requests=1,
                 need=shortage.need_of(sources.tools, sources.shortages, spec),
                 policy=needs.policy_of(sources.view.gpus, spec),
@@ -160,9 +159,7 @@ def _refuse_unreadable(
     sources: Sources, model_id: str, demands: list[Demand], error: SmartProxyError, now: float
 ) -> None:
     ids = [wish.id for wish in demands if wish.kind == "load" and wish.model_id == model_id]
-    demand_rows.answer(
-        sources.tools.store, ids, now=now, error_code="model_load_failed", message=str(error)
-    )
+    demand_rows.answer(sources.tools.store, ids, now=now, error_code=error.code, message=str(error))
     sources.preload.discard(model_id)
     events.event(
         sources.tools.store, now, "load", f"model '{model_id}': {error}", model_id=model_id

@@ -10,16 +10,13 @@ more than a server takes: logits of a whole batch.
 from __future__ import annotations
 
 import logging
-import os
-import re
-import subprocess
 import time
-from pathlib import Path
 
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import SmartProxyError
-from smartproxy.llama.binary import Binary, child_environment
-from smartproxy.llama.command import device_flags, memory_flags
+from smartproxy.gpus.types import Gpu
+from smartproxy.llama import fit_params
+from smartproxy.llama.fit_params import NAME
 from smartproxy.manager import measure, needs
 from smartproxy.manager.context import Tools
 from smartproxy.manager.gpu_watch import GpuView
@@ -28,17 +25,12 @@ from smartproxy.memory.estimate import Loaded, make_need
 from smartproxy.memory.types import Layout
 from smartproxy.planner.types import GpuShare, Placement
 from smartproxy.state import measurements
-from smartproxy.types import GIB, MIB, Gpu
+from smartproxy.types import GIB, MIB
 
 logger = logging.getLogger(__name__)
 
-NAME = "llama-fit-params"
-DEADLINE_S = 60.0
 #: it makes a context on the GPU for a moment: not where that could be in somebody's way
 LEAST_FREE_BYTES = 2 * GIB
-#: "CUDA0 4685 1024 258": weights, caches, graph
-_LINE = re.compile(r"^(\w+) (\d+) (\d+) (\d+)\s*$", re.M)
-_HELP_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 
 def ask_about_unknown(tools: Tools, view: GpuView, asked: set[str]) -> None:
@@ -47,8 +39,7 @@ def ask_about_unknown(tools: Tools, view: GpuView, asked: set[str]) -> None:
     asked: the settings that were asked about; only this job, which never runs twice at a time,
     writes it.
     """
-    tool = tools.binary.path.parent / NAME
-    if view.seen is None or not os.access(tool, os.X_OK):
+    if view.seen is None or not fit_params.is_there(tools.binary):
         return
     for spec in tools.catalog.models.values():
         try:
@@ -64,7 +55,7 @@ def ask_about_unknown(tools: Tools, view: GpuView, asked: set[str]) -> None:
         options = options_key(spec, loaded, tools.binary.build)
         key = settings_key(options, placement.layout)
         if key not in asked and not _known(tools, spec, key):
-            _ask(tools, tool, spec, (placement, loaded))
+            _ask(tools, spec, placement, loaded)
         asked.add(key)
 
 
@@ -93,65 +84,16 @@ def _placement(spec: ModelSpec, loaded: Loaded, gpu: Gpu | None) -> Placement:
     )
 
 
-def _ask(tools: Tools, tool: Path, spec: ModelSpec, what: tuple[Placement, Loaded]) -> None:
-    placement, loaded = what
+def _ask(tools: Tools, spec: ModelSpec, placement: Placement, loaded: Loaded) -> None:
     began = time.monotonic()
     try:
-        told = _run(tool, tools.binary, spec, what)
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("model '%s': %s could not be asked: %s", spec.id, NAME, error)
+        sizes = fit_params.device_bytes(tools.binary, spec, placement, loaded.options)
+    except fit_params.NoAnswer as error:
+        logger.warning("model '%s': %s", spec.id, error)
         return
-    sizes = [sum(map(int, parts)) * MIB + 3 * MIB for _, *parts in _LINE.findall(told)]
-    if len(sizes) != len(placement.gpus) + 1:
-        logger.warning("model '%s': %s told nothing of use: %s", spec.id, NAME, told[-500:])
-        return
-    measure.expect(tools, None, placement, spec=spec, loaded=loaded, told=tuple(sizes))
+    measure.expect(tools, None, placement, spec=spec, loaded=loaded, told=sizes)
     logger.info(
         "model '%s' (%s): %s tells %s MB per device, the host last, in %.1f s",
         *(spec.id, loaded.metadata.unknown, NAME),
         *([size // MIB for size in sizes], time.monotonic() - began),
     )
-
-
-def _run(tool: Path, binary: Binary, spec: ModelSpec, what: tuple[Placement, Loaded]) -> str:
-    """Return what the tool prints. Raises OSError, SubprocessError."""
-    placement, loaded = what
-    env = child_environment(os.environ, binary.library_dir)
-    env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    env["CUDA_VISIBLE_DEVICES"] = ",".join(share.uuid for share in placement.gpus)
-    env.update(spec.env)
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [str(tool), *arguments],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=DEADLINE_S,
-            check=False,
-        )
-        if done.returncode:
-            raise subprocess.SubprocessError(f"exit code {done.returncode}: {done.stderr[-300:]}")
-        return done.stdout
-
-    flags = [
-        *("--ctx-size", str(placement.layout.context_size), "--parallel", str(spec.parallel)),
-        "--kv-unified" if spec.kv_unified else "--no-kv-unified",
-        *memory_flags(loaded.options),
-        *device_flags(placement),
-    ]
-    known = set(_HELP_FLAG.findall(run("--help")))
-    return run("--model", str(spec.path), *_only(known, flags), "--fit-print", "on")
-
-
-def _only(known: set[str], flags: list[str]) -> list[str]:
-    """Return the flags, with their values, that the tool has."""
-    kept: list[str] = []
-    keep = False
-    for word in flags:
-        keep = word in known if word.startswith("--") else keep
-        if keep:
-            kept.append(word)
-    return kept

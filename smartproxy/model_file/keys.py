@@ -67,9 +67,6 @@ def facts(header: Header) -> dict[str, Any]:
         "name": name if isinstance(name, str) else None,
         "trained_context": integer(header, "context_length"),
         "vocabulary_size": _vocabulary_size(header),
-        "has_chat_template": "tokenizer.chat_template" in header.keys,
-        "is_embedding": architecture in architectures.ENCODERS
-        or integer(header, "pooling_type") > 0,
         "layer_count": layer_count(header),
         "prediction_layer_count": prediction_layers(header),
         "embedding_length": integer(header, "embedding_length"),

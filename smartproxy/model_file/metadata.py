@@ -61,11 +61,6 @@ def _header_of(path: Path, _stamp: tuple[int, int]) -> Header:
     return read_header(path)
 
 
-def is_projector(path: Path) -> bool:
-    """Tell whether a file is a projector (mmproj) and no model; raises MetadataError."""
-    return read_header(path).keys.get("general.architecture") == "clip"
-
-
 def to_json(metadata: ModelMetadata) -> str:
     """Return metadata as JSON text, for a cache."""
     return json.dumps(dataclasses.asdict(metadata), separators=(",", ":"))

@@ -47,9 +47,6 @@ class ModelMetadata:
     #: tokens; 0 where the header does not say
     trained_context: int
     vocabulary_size: int
-    has_chat_template: bool
-    #: not made for generating text: an encoder, or one with a pooling type
-    is_embedding: bool
     #: why the estimate must be deliberately high; None = architecture and types are known
     unknown: str | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from smartproxy.gpus.types import Gpu
 from smartproxy.planner import victims
 from smartproxy.planner.booking import (
     Verdict,
@@ -21,7 +22,7 @@ from smartproxy.planner.types import (
     Wait,
     WaitingLoad,
 )
-from smartproxy.types import Gpu, ServerState
+from smartproxy.types import ServerState
 
 
 def explain(snapshot: Snapshot, load: WaitingLoad) -> Explanation:

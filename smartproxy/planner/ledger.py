@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from smartproxy.gpus.cuda import default_overhead_bytes
+from smartproxy.gpus.types import Gpu
 from smartproxy.planner.types import Hold, RunningServer, Snapshot
-from smartproxy.types import Gpu, ServerState
+from smartproxy.types import ServerState
 
 #: on their way out: what they hold is memory that is coming
 LEAVING = frozenset({ServerState.DRAINING, ServerState.STOPPING, ServerState.STOPPED})

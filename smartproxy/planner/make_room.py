@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from smartproxy.manager.longest_unused import ABOUT_THE_SAME, longest_unused
 from smartproxy.planner import reasons
 from smartproxy.planner.booking import Verdict, Work, is_idle, placement_of, resident_until, wait
 from smartproxy.planner.ledger import LEAVING
+from smartproxy.planner.longest_unused import ABOUT_THE_SAME, longest_unused
 from smartproxy.planner.place import Wish, capacities
 from smartproxy.planner.shapes import find_grown
 from smartproxy.planner.types import Evict, Placement, RunningServer, Wait, WaitingLoad

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from smartproxy.gpus.types import Gpu
 from smartproxy.memory.types import Estimate
 from smartproxy.planner.sizes import Shape, Sizes, split
 from smartproxy.planner.types import PlacePolicy, PlanSettings, Strategy
-from smartproxy.types import Gpu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +106,6 @@ def fit_on(wish: Wish, sites: tuple[Site, ...], capacity: Sequence[int]) -> Fit 
         return Fit(sites=sites, estimate=wish.sizes.estimate(wish.shape, (1.0,)))
     estimate = split(wish.sizes, wish.shape, [capacity[site.position] for site in sites])
     return Fit(sites=sites, estimate=estimate) if estimate is not None else None
-
-
-# --- strategies ------------------------------------------------------------------------------
 
 
 def _single_gpu_preferred(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:

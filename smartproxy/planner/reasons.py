@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from smartproxy.gpus.types import Gpu
 from smartproxy.planner.place import Fit, Wish
 from smartproxy.planner.types import RunningServer
-from smartproxy.types import GIB, Gpu, ServerState
+from smartproxy.types import GIB, ServerState
 
 
 def gb(size: int) -> str:

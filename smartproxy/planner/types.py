@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from smartproxy.gpus.types import Gpu
 from smartproxy.memory.types import Estimate, Layout, Need
-from smartproxy.types import Gpu, ServerState
+from smartproxy.types import ServerState
 
 
 class Strategy(StrEnum):
@@ -43,8 +44,6 @@ class WaitingLoad:
     model_id: str
     #: when the oldest waiting request asked
     asked_at: float
-    #: when the oldest waiting request gives up
-    expires_at: float
     requests: int
     need: Need
     policy: PlacePolicy

@@ -17,10 +17,10 @@ from smartproxy.errors import (
 from smartproxy.proxy import routes
 from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.inference import Incoming, job_for
-from smartproxy.proxy.own_answers import cross_origin, error_answer
 from smartproxy.proxy.pages import models, monitoring
 from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.proxy.relay.relay import Job
+from smartproxy.proxy.wire.own_answers import cross_origin, error_answer
 from smartproxy.proxy.worker.plain import Application
 from smartproxy.state.store import Store
 

@@ -84,8 +84,6 @@ class Broker:
             logger, what="leases are not renewed", over="leases are renewed again", after_s=0
         )
 
-    # --- what the relay uses ---------------------------------------------------------------
-
     async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Grant:
         """Return a hold on a ready server of a model, loading it if need be.
 
@@ -120,8 +118,6 @@ class Broker:
         if self._in_flight[server_id] == 0:
             used_at = time.time()
             asyncio.get_running_loop().call_later(LINGER_S, self._give_back, server_id, used_at)
-
-    # --- leases ----------------------------------------------------------------------------
 
     async def _take(self, server_id: int) -> bool:
         """Count a request on a server, writing the lease if there is none yet."""
@@ -179,8 +175,6 @@ class Broker:
     async def _write(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
-    # --- routes ----------------------------------------------------------------------------
-
     def _ready_route(self, model_id: str, avoid_server_id: int | None) -> Route | None:
         if self._generation < 0 or time.monotonic() > self._look_again_at:
             self._refresh()
@@ -207,8 +201,6 @@ class Broker:
             self._unreadable.failed(error, now)
             self._store.close()
             self._data_version = self._generation = -1
-
-    # --- loads -----------------------------------------------------------------------------
 
     def _withdraw(self, asked: asyncio.Task[int]) -> None:
         if not asked.cancelled() and asked.exception() is None:

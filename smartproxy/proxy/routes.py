@@ -11,11 +11,11 @@ from urllib.parse import quote
 from flask import Blueprint, Response, g, request
 from werkzeug.datastructures import Headers
 
-from smartproxy.proxy import own_answers
 from smartproxy.proxy.inference import PATH_SAFE, UPSTREAM_PREFIX, Incoming
-from smartproxy.proxy.own_answers import OwnAnswer
 from smartproxy.proxy.relay.relay import Broker, Job, RelayResponse
+from smartproxy.proxy.wire import own_answers
 from smartproxy.proxy.wire.heads import header_bytes
+from smartproxy.proxy.wire.own_answers import OwnAnswer
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 

@@ -11,10 +11,10 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Self
 
+from smartproxy.gpus.types import Gpu, GpuSnapshot, GpuState
 from smartproxy.state.events import add_event
 from smartproxy.state.sql import LIVE, columns
 from smartproxy.state.store import Row, Store
-from smartproxy.types import Gpu, GpuSnapshot, GpuState
 
 #: GPUs that a live server has a part of
 HELD = (

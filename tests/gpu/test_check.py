@@ -18,7 +18,8 @@ import pytest
 import requests
 
 from smartproxy.gpus.nvml import MIG_INDEX_BASE, GpuObserver
-from smartproxy.types import MIB, Gpu, GpuSnapshot
+from smartproxy.gpus.types import Gpu, GpuSnapshot
+from smartproxy.types import MIB
 from tests.support.running import fake_model, running, wait_until
 
 

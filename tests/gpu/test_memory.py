@@ -17,7 +17,8 @@ import pytest
 from tabulate import tabulate
 
 from smartproxy.gpus.nvml import GpuObserver
-from smartproxy.types import GIB, MIB, Gpu
+from smartproxy.gpus.types import Gpu
+from smartproxy.types import GIB, MIB
 from tests.support import gguf_files, gguf_models, gguf_shapes
 from tests.support.gguf_shapes import Body
 from tests.support.measured_cases import REAL_MODEL

@@ -14,6 +14,7 @@ from typing import Any
 
 from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config.load import load_settings
+from smartproxy.gpus.types import GpuSnapshot
 from smartproxy.lifetime import owned_processes
 from smartproxy.llama import binary
 from smartproxy.manager.__main__ import make_manager
@@ -24,7 +25,7 @@ from smartproxy.manager.tick import Manager, tick
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import migrate
 from smartproxy.state import servers as server_rows
-from smartproxy.types import GpuSnapshot, ServerState
+from smartproxy.types import ServerState
 from tests.support.running import Proxy, fake_model, free_port, wait_until
 
 

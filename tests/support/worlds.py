@@ -15,6 +15,7 @@ from itertools import accumulate
 
 from hypothesis import strategies as st
 
+from smartproxy.gpus.types import Gpu
 from smartproxy.memory.types import DeviceBytes, Estimate, Layout, Need
 from smartproxy.planner.types import (
     Hold,
@@ -25,7 +26,7 @@ from smartproxy.planner.types import (
     Strategy,
     WaitingLoad,
 )
-from smartproxy.types import GIB, MIB, Gpu, ServerState
+from smartproxy.types import GIB, MIB, ServerState
 
 NOW = 1_000_000.0
 OVERHEAD_BYTES = 300 * MIB
@@ -167,7 +168,6 @@ def load(
     return WaitingLoad(
         model_id=model_id,
         asked_at=asked_at,
-        expires_at=asked_at + 300,
         requests=1,
         need=sketch.need(context_size, max_context_size),
         policy=PlacePolicy(**policy),  # type: ignore[arg-type]

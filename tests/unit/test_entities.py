@@ -15,12 +15,12 @@ from smartproxy.entities import (
     Model,
     Server,
     ServerStatus,
-    gpu_entity,
     pool_status,
     status_of,
 )
+from smartproxy.gpus.types import GpuState
 from smartproxy.planner.types import Strategy
-from smartproxy.types import GIB, Gpu, GpuProcess, GpuState, ServerState
+from smartproxy.types import GIB, ServerState
 
 VALID: dict[type[BaseModel], dict[str, Any]] = {
     GPUAssignment: {"gpu_ids": [0, 1], "estimated_vram_required": 2.5},
@@ -163,45 +163,31 @@ def test_every_state_shows_as_one_of_three(state: ServerState, status: ServerSta
     assert status_of(state) is status
 
 
-def observed(index: int, **changes: Any) -> Gpu:
+def gpu(index: int, **changes: Any) -> GPU:
     values: dict[str, Any] = {
-        "index": index,
-        "uuid": f"GPU-{index}",
+        "id": index,
         "name": "RTX",
-        "pci_bus_id": f"0000:0{index}:00.0",
-        "total_bytes": 16 * GIB,
-        "free_bytes": 12 * GIB,
-        "used_bytes": 4 * GIB,
+        "total_memory": 16,
+        "free_memory": 12,
+        "used_memory": 4,
         "utilization": 10.0 * index,
     }
-    return Gpu(**{**values, **changes})
-
-
-def test_observed_gpu_is_shown_in_gb_with_its_processes() -> None:
-    processes = (
-        GpuProcess(pid=9, used_bytes=GIB // 2, name="x"),
-        GpuProcess(pid=8, used_bytes=None),
-    )
-    gpu = gpu_entity(observed(1, processes=processes), models=["m"])
-    assert (gpu.total_memory, gpu.free_memory, gpu.used_memory) == (16, 12, 4)
-    assert [(one.pid, one.used_memory) for one in gpu.processes] == [(9, 0.5), (8, None)]
-    assert (gpu.state, gpu.assigned_models) == (GpuState.ASSIGNED, ["m"])
+    return GPU(**{**values, **changes})
 
 
 def test_pool_counts_only_healthy_gpus_as_room() -> None:
     gpus = [
-        gpu_entity(observed(0)),
-        gpu_entity(observed(1), models=["m"]),
-        gpu_entity(observed(2, error="fell off the bus")),
+        gpu(0),
+        gpu(1, assigned_models=["m"], state=GpuState.ASSIGNED),
+        gpu(2, state=GpuState.ERROR, error="fell off the bus"),
     ]
     pool = pool_status(gpus, Strategy.PACKED, observed_at=5.0)
-    assert [gpu.state for gpu in gpus] == [GpuState.AVAILABLE, GpuState.ASSIGNED, GpuState.ERROR]
     assert (pool.total_gpus, pool.available_gpus) == (3, 1)
     assert (pool.total_vram, pool.available_vram) == (48, 24)
 
 
 def test_pool_carries_the_previous_generations_names() -> None:
-    shown = pool_status([gpu_entity(observed(2))], Strategy.DISTRIBUTE).model_dump()
+    shown = pool_status([gpu(2)], Strategy.DISTRIBUTE).model_dump()
     assert shown["gpus"] == shown["gpu_list"]
     assert (shown["total_memory"], shown["used_memory"], shown["free_memory"]) == (16, 4, 12)
     assert (shown["utilization_average"], shown["gpu_available"]) == (20, True)

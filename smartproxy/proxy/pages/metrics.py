@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from smartproxy.gpus.types import GpuState
 from smartproxy.state import counts
 from smartproxy.state import gpus as gpu_rows
 from smartproxy.state import servers as server_rows
@@ -19,7 +20,6 @@ from smartproxy.state.demands import waiting_requests
 from smartproxy.state.manager_row import manager_row
 from smartproxy.state.server_row import LiveServer
 from smartproxy.state.store import Store
-from smartproxy.types import GpuState
 
 #: the server or GPU that stands for main memory
 HOST = "host"

@@ -17,6 +17,7 @@ from smartproxy.entities import (
     pool_status,
     status_of,
 )
+from smartproxy.gpus.types import GpuState
 from smartproxy.state import gpus as gpu_rows
 from smartproxy.state import models
 from smartproxy.state import servers as server_rows
@@ -26,7 +27,7 @@ from smartproxy.state.manager_row import manager_row
 from smartproxy.state.models import ModelRow
 from smartproxy.state.server_row import ServerRow
 from smartproxy.state.store import Store
-from smartproxy.types import GIB, GpuState, ServerState
+from smartproxy.types import GIB, ServerState
 
 #: a model's status in /v1/models, by its server's state; without a server: unloaded
 MODEL_STATUS = {

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import orjson
 
 from smartproxy.errors import SmartProxyError, openai_body
-from smartproxy.proxy.own_answers import OwnAnswer, error_answer
 from smartproxy.proxy.wire.bodies import LAST_CHUNK, chunk
 from smartproxy.proxy.wire.heads import AnswerHead, Framing
+from smartproxy.proxy.wire.own_answers import OwnAnswer, error_answer
 
 
 def _nothing() -> None:

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 from flask import Response
 
 from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
-from smartproxy.proxy.own_answers import event_stream_head
 from smartproxy.proxy.relay import nginx
 from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.relay.nginx import Way
 from smartproxy.proxy.relay.upstream import ClientStalled, Exchange, Job, ServerDied
 from smartproxy.proxy.relay.wsgi_client import WsgiClient
+from smartproxy.proxy.wire.own_answers import event_stream_head
 from smartproxy.proxy.wire.poller import PollingLoop
 
 __all__ = [

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import orjson
 
 from smartproxy.errors import UpstreamTimeout
-from smartproxy.proxy.own_answers import origin_of
 from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.wire.bodies import Body, body_for
 from smartproxy.proxy.wire.channel import Channel
@@ -28,6 +27,7 @@ from smartproxy.proxy.wire.heads import (
     parse_head,
     request_bytes,
 )
+from smartproxy.proxy.wire.own_answers import origin_of
 from smartproxy.proxy.wire.poller import running_loop
 
 #: up to this a body is joined to its head, which saves a system call; beyond, a copy

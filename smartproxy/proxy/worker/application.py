@@ -21,7 +21,6 @@ from gunicorn.http.parser import RequestParser
 from gunicorn.workers.base import Worker
 
 from smartproxy.errors import BadRequest, SmartProxyError
-from smartproxy.proxy.own_answers import error_answer
 from smartproxy.proxy.relay.relay import HandedOver
 from smartproxy.proxy.wire.heads import (
     FIELD_VALUE,
@@ -31,6 +30,7 @@ from smartproxy.proxy.wire.heads import (
     client_head,
     header_bytes,
 )
+from smartproxy.proxy.wire.own_answers import error_answer
 from smartproxy.proxy.worker.inbox import Connection, Reception, origin_in
 from smartproxy.proxy.worker.plain import Application
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from smartproxy.errors import HeadTooLarge, SmartProxyError
-from smartproxy.proxy.own_answers import error_answer
 from smartproxy.proxy.wire.channel import Channel
 from smartproxy.proxy.wire.heads import Framing, client_head
+from smartproxy.proxy.wire.own_answers import error_answer
 from smartproxy.proxy.wire.poller import PollingLoop
 
 HEAD_END = b"\r\n\r\n"

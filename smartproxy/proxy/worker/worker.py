@@ -19,10 +19,10 @@ from typing import Any
 from gunicorn.errors import ConfigError
 
 from smartproxy.errors import SmartProxyError
-from smartproxy.proxy.own_answers import error_answer, origin_of
 from smartproxy.proxy.relay import nginx, relay
 from smartproxy.proxy.relay.relay import HandedOver, Request
 from smartproxy.proxy.relay.socket_client import SocketClient
+from smartproxy.proxy.wire.own_answers import error_answer, origin_of
 from smartproxy.proxy.worker.application import STALL_S, ApplicationWorker, Outcome
 from smartproxy.proxy.worker.balance import Neighbours
 from smartproxy.proxy.worker.inbox import Collected, Connection, Reception

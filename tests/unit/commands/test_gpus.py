@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from smartproxy.commands.gpus import age_line, gpu_table, gpus_command, process_table
 from smartproxy.entities import GPU, GPUProcess
 from smartproxy.errors import ManagerDown
+from smartproxy.gpus.types import GpuState
 from smartproxy.state.migrate import create
-from smartproxy.types import GIB, GpuState
+from smartproxy.types import GIB
 
 BUSY = GPU(
     id=0,

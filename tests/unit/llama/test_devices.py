@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from smartproxy.errors import LoadFailed
+from smartproxy.gpus.types import Gpu
 from smartproxy.llama.binary import Device
 from smartproxy.llama.devices import device_names
 from smartproxy.planner.types import GpuShare
-from smartproxy.types import GIB, Gpu
+from smartproxy.types import GIB
 from tests.support.worlds import gpu
 
 BIG = gpu(0, 24, name="NVIDIA GeForce RTX 4090")

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 
+from smartproxy.llama.log import last_useful_line
 from smartproxy.llama.out_of_memory import Lacking, asked_bytes, lacking
-from smartproxy.llama.process import last_useful_line
 from smartproxy.types import MIB
 
 #: as ggml-cuda.cu and llama.cpp of b11434 write it

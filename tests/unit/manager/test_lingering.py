@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from smartproxy.gpus.types import GpuProcess, GpuSnapshot
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.lingering import PATIENCE_S, Lingering
 from smartproxy.planner.ledger import open_ledger
@@ -17,7 +18,7 @@ from smartproxy.state.assignments import NewAssignment, assignments
 from smartproxy.state.migrate import create
 from smartproxy.state.server_row import NewServer
 from smartproxy.state.store import Store
-from smartproxy.types import GIB, GpuProcess, GpuSnapshot, ServerState
+from smartproxy.types import GIB, ServerState
 from tests.support.worlds import gpu, snapshot
 
 ENDED_AT = 1000.0

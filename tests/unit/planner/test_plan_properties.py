@@ -12,6 +12,7 @@ from itertools import combinations
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from smartproxy.gpus.types import Gpu
 from smartproxy.memory.types import Layout
 from smartproxy.planner.explain import explain
 from smartproxy.planner.plan import plan
@@ -24,7 +25,7 @@ from smartproxy.planner.types import (
     Strategy,
     WaitingLoad,
 )
-from smartproxy.types import GIB, Gpu, ServerState
+from smartproxy.types import GIB, ServerState
 from tests.support.examples import examples
 from tests.support.worlds import OVERHEAD_BYTES, split_worlds, worlds
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from smartproxy.errors import StateRefused
+from smartproxy.gpus.types import Gpu, GpuProcess, GpuSnapshot, GpuState
 from smartproxy.state import leases, measurements, models
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import NewAssignment, assignments, models_by_gpu, reserved_bytes
@@ -17,7 +18,7 @@ from smartproxy.state.migrate import create
 from smartproxy.state.models import FileRow, ModelRow
 from smartproxy.state.server_row import NewServer
 from smartproxy.state.store import Store
-from smartproxy.types import Gpu, GpuProcess, GpuSnapshot, GpuState, ServerState
+from smartproxy.types import ServerState
 
 CARD = Gpu(
     index=0,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from flask import Flask
 from pydantic import BaseModel
 
 from smartproxy import errors
@@ -17,6 +18,12 @@ from smartproxy.proxy.app import create_app
 from smartproxy.proxy.inference import INFERENCE_PATHS
 from smartproxy.proxy.pages.monitoring import openapi_json
 from tests.support.openapi import DOCUMENT, validate
+
+
+def flask_app(config: Path) -> Flask:
+    app = create_app(load_settings(config, environ={})).wsgi
+    assert isinstance(app, Flask)
+    return app
 
 
 def test_served_description_is_the_documented_one() -> None:
@@ -32,7 +39,7 @@ def test_entity_is_described_with_exactly_its_fields(entity: type[BaseModel]) ->
 def test_every_route_of_ours_is_described(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"models": {}}')
-    app = create_app(load_settings(config, environ={}))
+    app = flask_app(config)
     described = {re.sub(r"\{\w+\}", "*", path) for path in DOCUMENT["paths"]}
     for rule in app.url_map.iter_rules():
         if rule.endpoint.startswith("relay."):
@@ -60,7 +67,7 @@ def subclasses(kind: type[errors.SmartProxyError]) -> Iterator[type[errors.Smart
 def test_without_a_state_file_health_is_as_described(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"models": {}}')
-    client = create_app(load_settings(config, environ={})).test_client()
+    client = flask_app(config).test_client()
     for path, schema in (("/health", "Health"), ("/status", "Status")):
         answer = client.get(path)
         assert answer.status_code == 200

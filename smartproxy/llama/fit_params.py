@@ -1,0 +1,93 @@
+"""llama.cpp's own tool for what a model takes: it reads the header and tells MiB per device.
+
+It allocates no buffers, and charges a little more than a server takes: logits of a whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from smartproxy.catalog.catalog import ModelSpec
+from smartproxy.llama.binary import Binary, child_environment
+from smartproxy.llama.command import device_flags, memory_flags
+from smartproxy.memory.types import EstimateOptions
+from smartproxy.planner.types import Placement
+from smartproxy.types import MIB
+
+NAME = "llama-fit-params"
+DEADLINE_S = 60.0
+#: "CUDA0 4685 1024 258": weights, caches, graph, each rounded down
+_LINE = re.compile(r"^(\w+) (\d+) (\d+) (\d+)\s*$", re.M)
+_ROUNDING_BYTES = 3 * MIB
+_HELP_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+
+
+class NoAnswer(Exception):
+    """The tool could not be run, or told nothing of use."""
+
+
+def is_there(binary: Binary) -> bool:
+    """Return whether the build has the tool beside its server."""
+    return os.access(binary.path.parent / NAME, os.X_OK)
+
+
+def device_bytes(
+    binary: Binary, spec: ModelSpec, placement: Placement, options: EstimateOptions
+) -> tuple[int, ...]:
+    """Return bytes per device of a placement, the host last. Blocks up to 2 minutes.
+
+    Raises NoAnswer.
+    """
+    flags = [
+        *("--ctx-size", str(placement.layout.context_size), "--parallel", str(spec.parallel)),
+        "--kv-unified" if spec.kv_unified else "--no-kv-unified",
+        *memory_flags(options),
+        *device_flags(placement),
+    ]
+    env = child_environment(os.environ, binary.library_dir)
+    env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(share.uuid for share in placement.gpus)
+    env.update(spec.env)
+    tool = binary.path.parent / NAME
+    known = set(_HELP_FLAG.findall(_run(tool, env, ["--help"])))
+    said = _run(tool, env, ["--model", str(spec.path), *_only(known, flags), "--fit-print", "on"])
+    sizes = [sum(map(int, parts)) * MIB + _ROUNDING_BYTES for _, *parts in _LINE.findall(said)]
+    if len(sizes) != len(placement.gpus) + 1:
+        raise NoAnswer(f"{NAME} told nothing of use: {said[-500:]}")
+    return tuple(sizes)
+
+
+def _run(tool: Path, env: dict[str, str], arguments: Iterable[str]) -> str:
+    try:
+        done = subprocess.run(
+            [str(tool), *arguments],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=DEADLINE_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NoAnswer(f"{NAME} could not be asked: {error}") from None
+    if done.returncode:
+        raise NoAnswer(
+            f"{NAME} could not be asked: exit code {done.returncode}: {done.stderr[-300:]}"
+        )
+    return done.stdout
+
+
+def _only(known: set[str], flags: list[str]) -> list[str]:
+    """Return the flags, with their values, that the tool has."""
+    kept: list[str] = []
+    keep = False
+    for word in flags:
+        keep = word in known if word.startswith("--") else keep
+        if keep:
+            kept.append(word)
+    return kept
