@@ -2,6 +2,6 @@
 
 Knows the policy: order of loads, choice of GPUs, shapes, victims, and the reasons in words and
 numbers. The same snapshot always gives the same decision. What a model needs is a black box here.
-May import: memory, types, and of the standard library what has no disk, clock, process, network
-or log in it.
+May import: memory, values of gpus, errors, types, and of the standard library what has no disk,
+clock, process, network or log in it.
 """

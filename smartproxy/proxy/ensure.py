@@ -84,6 +84,10 @@ class Broker:
             logger, what="leases are not renewed", over="leases are renewed again", after_s=0
         )
 
+        self._not_leased = Outage(
+            logger, what="leases can't be written", over="leases are written again", after_s=0
+        )
+
     async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Grant:
         """Return a hold on a ready server of a model, loading it if need be.
 
@@ -133,16 +137,26 @@ class Broker:
         finally:
             if not taken:
                 self._in_flight[server_id] -= 1
-                if writing.done() and self._leases.get(server_id) is writing:
+                # a lease that was written is given back, also when its client goes right then:
+                # forgotten here it would stay in the file, renewed for ever (F1)
+                if _came_to_nothing(writing) and self._leases.get(server_id) is writing:
                     del self._leases[server_id]
                 elif self._in_flight[server_id] == 0:
                     self._give_back(server_id, time.time())
         return taken
 
     async def _write_lease(self, server_id: int) -> bool:
-        return await self._write(
-            lambda: leases.take_lease(self._store, self._worker, server_id, now=time.time())
-        )
+        """Return whether the server can be used: it is ready, or the file can't say otherwise."""
+        try:
+            taken = await self._write(
+                lambda: leases.take_lease(self._store, self._worker, server_id, now=time.time())
+            )
+        except StateError as error:
+            # a server that is ready answers without a lease; before its end its slots are asked too
+            self._not_leased.failed(error, time.monotonic())
+            return True
+        self._not_leased.worked(time.monotonic())
+        return taken
 
     def _give_back(self, server_id: int, used_at: float) -> None:
         writing = self._leases.get(server_id)
@@ -277,6 +291,13 @@ class Broker:
     def poke(self, word: bytes) -> None:
         """Wake the manager; a poke that can't be delivered is not needed."""
         send_poke(self._settings.state_dir, word)
+
+
+def _came_to_nothing(writing: asyncio.Task[bool]) -> bool:
+    """Return whether a lease was asked for and there is none now."""
+    if not writing.done():
+        return False
+    return writing.cancelled() or writing.exception() is not None or not writing.result()
 
 
 def _grant(route: Route) -> Grant:

@@ -2,5 +2,5 @@
 
 Knows who may write which column, and that a transition and its event are one transaction.
 sqlite3 and SQL are used here and nowhere else. It decides nothing and reads no configuration.
-May import: errors, types. sqlite_utils.
+May import: values of gpus and planner, errors, types. sqlite_utils.
 """

@@ -2,5 +2,5 @@
 
 Knows framing and buffers. It knows no model, no server's state, no retry and no error of ours.
 Bytes of a body stay untouched.
-May import: nothing of ours but wire itself, and the standard library.
+May import: errors, orjson, and the standard library.
 """

@@ -13,8 +13,11 @@ import pytest
 
 from smartproxy.config.load import load_settings
 from smartproxy.proxy.ensure import Broker
+from smartproxy.state import servers as server_rows
 from smartproxy.state.migrate import create
+from smartproxy.state.server_row import NewServer
 from smartproxy.state.store import Store
+from smartproxy.types import ServerState
 from tests.support.running import fake_model
 
 
@@ -47,6 +50,77 @@ def test_a_client_that_goes_while_its_wish_is_written_leaves_none(
                 await asyncio.sleep(0.005)
 
     asyncio.run(story())
+
+
+def test_a_client_that_goes_when_its_lease_is_written_leaves_none(
+    tmp_path: Path, store: Store
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"models": {"m": fake_model()}}))
+    server_id = ready_server(store)
+    broker = Broker(store, load_settings(path))
+
+    async def story() -> None:
+        for waits in range(6):  # it goes at each moment around the end of the write
+            asking = asyncio.create_task(broker.acquire("m"))
+            async with asyncio.timeout(30):
+                while not any(writing.done() for writing in broker._leases.values()):
+                    await asyncio.sleep(0)
+            for _ in range(waits):
+                await asyncio.sleep(0)
+            asking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                broker.release(await asking)
+            async with asyncio.timeout(30):
+                while in_flight(store, server_id) or broker._leases:
+                    await asyncio.sleep(0.005)
+
+    asyncio.run(story())
+
+
+def test_a_ready_server_is_used_also_when_no_lease_can_be_written(
+    tmp_path: Path, store: Store
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"models": {"m": fake_model()}}))
+    server_id = ready_server(store)
+    broker = Broker(store, load_settings(path))
+
+    async def story() -> None:
+        with contextlib.closing(sqlite3.connect(store.path)) as other:
+            # as on a full disk: no row can be written
+            other.execute(
+                "CREATE TRIGGER full BEFORE INSERT ON leases"
+                " BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+            )
+            other.commit()
+        grant = await broker.acquire("m")
+        assert grant.server_id == server_id
+        broker.release(grant)
+
+    asyncio.run(story())
+
+
+def ready_server(store: Store) -> int:
+    """Write a server of model m that is ready; returns its id."""
+    new = NewServer(
+        model_id="m",
+        port=18080,
+        api_key="key",
+        command="[]",
+        log_path="log",
+        settings_key="",
+    )
+    server_id = server_rows.insert_server(store, new, (), now=1.0, reason="a test's")
+    assert server_rows.transition(
+        store, server_id, ServerState.STARTING, ServerState.READY, now=2.0, reason="a test's"
+    )
+    return server_id
+
+
+def in_flight(store: Store, server_id: int) -> bool:
+    rows = store.read("SELECT 1 FROM leases WHERE server_id = ? AND in_flight = 1", (server_id,))
+    return bool(rows)
 
 
 def test_a_state_file_that_is_not_there_yet_is_awaited_in_silence(
