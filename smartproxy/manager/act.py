@@ -12,9 +12,9 @@ from pathlib import Path
 
 from smartproxy.errors import LoadFailed, SmartProxyError, StateRefused, UpstreamError
 from smartproxy.llama import log
-from smartproxy.manager.bring_down import Ending, drain, take_down
+from smartproxy.manager.bring_down import Ending, drain, on_server, take_down
 from smartproxy.manager.bring_up import Loading, argv_of, bring_up, free_port
-from smartproxy.manager.context import Tools, in_thread
+from smartproxy.manager.context import Tools
 from smartproxy.manager.served import loaded_of, options_key, settings_key
 from smartproxy.planner.types import Decision, Evict, GpuShare, Start
 from smartproxy.state import counts, events
@@ -142,7 +142,7 @@ def start(loading: Loading, begun: Start, decided: Decided, now: float) -> None:
         # an index refused a second live server: the next pass sees the first
         logger.error("model '%s' not started: %s", spec.id, error)
         return
-    in_thread(tools, bring_up, loading, server_id, spec, placement)
+    on_server(loading, server_id, bring_up, spec, placement)
 
 
 def _assigned(share: GpuShare) -> NewAssignment:
@@ -209,7 +209,7 @@ def _drain(ending: Ending, server_id: int, reason: str, how: Draining, *, now: f
         data=how.data,
     )
     if moved:
-        in_thread(ending.tools, partial(drain, ending, server_id, only_if_idle=how.only_if_idle))
+        on_server(ending, server_id, partial(drain, only_if_idle=how.only_if_idle))
     return moved
 
 
@@ -223,7 +223,7 @@ def stop_starting(ending: Ending, server_id: int, reason: str, now: float) -> No
         now=now,
         reason=reason,
     ):
-        in_thread(ending.tools, take_down, ending, server_id)
+        on_server(ending, server_id, take_down)
 
 
 def notice_exits(ending: Ending, now: float) -> None:
@@ -270,7 +270,7 @@ def stop_all(ending: Ending, *, grace_s: float, deadline_s: float) -> None:
             now=time.time(),
             reason=f"{reason}; requests were still running after {grace_s:g} s",
         ):
-            in_thread(ending.tools, take_down, ending, row.id)
+            on_server(ending, row.id, take_down)
     _until_none_live(ending, deadline_s)
 
 

@@ -1,4 +1,6 @@
-"""What a new manager does with the servers an earlier one left: adopt what lives, settle the rest.
+"""What becomes of servers that nobody carries on: adopt what lives, settle the rest.
+
+A new manager finds those that an earlier one left, a pass those whose thread has ended.
 
 When the state file was lost, servers are found by the mark in their environment.
 """
@@ -15,7 +17,7 @@ from smartproxy.lifetime import OWNER_VARIABLE, owned_processes
 from smartproxy.llama import process
 from smartproxy.llama.command import read_command
 from smartproxy.manager import measure
-from smartproxy.manager.bring_down import drain, take_down
+from smartproxy.manager.bring_down import drain, on_server, take_down
 from smartproxy.manager.bring_up import Loading, resume
 from smartproxy.manager.context import Tools, in_thread
 from smartproxy.state import servers as server_rows
@@ -31,9 +33,13 @@ def adopt_all(loading: Loading) -> None:
     for row in server_rows.live_servers(tools.store):
         child = process.adopt(row.pid, row.pid_started_at)
         if child is None:
-            _settle_dead(tools, row)
+            _settle_dead(tools, row, "it ended while no manager was running")
         else:
             loading.children.add(row.id, child)
+            logger.info(
+                "adopted server %d pid=%d state=%s model=%s",
+                *(row.id, row.pid, row.state, row.model_id),
+            )
             _go_on(loading, row)
     known = {child.pid for child in loading.children.snapshot().values()}
     for found in owned_processes(str(tools.settings.state_dir)):
@@ -41,24 +47,46 @@ def adopt_all(loading: Loading) -> None:
             _adopt_unknown(loading, found)
 
 
+def carry_on(loading: Loading) -> None:
+    """Give each server on its way from state to state that no thread carries a new thread.
+
+    The thread ended with an error: the state file could not be written for a while, say.
+    """
+    for row in server_rows.live_servers(loading.tools.store):
+        if row.state == ServerState.READY or loading.children.is_carried(row.id):
+            continue
+        logger.warning("server %d (%s) is %s: carrying it on", row.id, row.model_id, row.state)
+        child = loading.children.get(row.id)
+        if child is not None and child.alive():
+            _go_on(loading, row)
+        else:
+            loading.children.take(row.id)
+            loading.lingering.note_end(row.id, time.time())
+            _settle_dead(loading.tools, row, "it ended, and the state file could not be written")
+
+
 def _go_on(loading: Loading, row: LiveServer) -> None:
-    tools = loading.tools
-    state, spec = row.state, tools.catalog.models.get(row.model_id)
-    logger.info("adopted server %d pid=%d state=%s model=%s", row.id, row.pid, state, row.model_id)
+    tools, state = loading.tools, row.state
+    spec = tools.catalog.models.get(row.model_id)
     if state == ServerState.STARTING and spec is not None:
-        in_thread(tools, resume, loading, row.id, spec)
+        on_server(loading, row.id, resume, spec)
+    elif state == ServerState.STARTING:
+        reason = f"no model '{row.model_id}' is configured any more"
+        if server_rows.transition(
+            tools.store, row.id, state, ServerState.STOPPING, now=time.time(), reason=reason
+        ):
+            on_server(loading, row.id, take_down)
     elif state == ServerState.READY:
         in_thread(tools, measure.after_load, tools, loading.view, row.id)
     elif state == ServerState.DRAINING:
-        in_thread(tools, drain, loading, row.id)
+        on_server(loading, row.id, drain)
     elif state == ServerState.STOPPING:
-        in_thread(tools, take_down, loading, row.id)
+        on_server(loading, row.id, take_down)
 
 
-def _settle_dead(tools: Tools, row: LiveServer) -> None:
+def _settle_dead(tools: Tools, row: LiveServer, reason: str) -> None:
     """A process that ended while nobody watched: its row ends too."""
     state, now = row.state, time.time()
-    reason = "it ended while no manager was running"
     if state == ServerState.STARTING:
         # no failure of the model: who waits for it gets a new start
         for before, after in (
@@ -98,7 +126,7 @@ def _adopt_unknown(loading: Loading, found: psutil.Process) -> None:
         return
     loading.children.add(server_id, child)
     spec = tools.catalog.models[new.model_id]
-    in_thread(tools, resume, loading, server_id, spec)
+    on_server(loading, server_id, resume, spec)
 
 
 def _new_server(tools: Tools, found: psutil.Process) -> NewServer:

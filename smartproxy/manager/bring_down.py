@@ -6,12 +6,14 @@ Input: a row in state draining or stopping. Output: the row in stopped.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from smartproxy.llama import process
 from smartproxy.llama.http import slots_busy
 from smartproxy.manager.children import Children
-from smartproxy.manager.context import Tools
+from smartproxy.manager.context import Tools, in_thread
 from smartproxy.manager.lingering import Lingering
 from smartproxy.state import servers as server_rows
 from smartproxy.types import ServerState
@@ -26,6 +28,24 @@ class Ending:
     tools: Tools
     children: Children
     lingering: Lingering
+
+
+def on_server(ending: Ending, server_id: int, work: Callable[..., None], *args: Any) -> None:
+    """Have a thread carry a server on: `work(ending, server_id, *args)`.
+
+    While it runs the server is its own. One that ends with an error (the state file could not be
+    written) leaves a row that the next pass gives to another thread (adopt.carry_on).
+    """
+    ending.children.begin(server_id)
+
+    def owned() -> None:
+        try:
+            work(ending, server_id, *args)
+        finally:
+            ending.children.end(server_id)
+            ending.tools.poke()
+
+    in_thread(ending.tools, owned)
 
 
 def drain(ending: Ending, server_id: int, *, only_if_idle: bool = False) -> None:

@@ -12,8 +12,7 @@ import time
 
 from smartproxy.gpus.types import Gpu
 from smartproxy.manager.act import stop_starting, unload
-from smartproxy.manager.bring_down import Ending, take_down
-from smartproxy.manager.context import in_thread
+from smartproxy.manager.bring_down import Ending, on_server, take_down
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import assignments
@@ -73,4 +72,4 @@ def _end(ending: Ending, row: LiveServer, reason: str, now: float) -> None:
     if server_rows.transition(
         store, server_id, ServerState.DRAINING, ServerState.STOPPING, now=time.time(), reason=reason
     ):
-        in_thread(ending.tools, take_down, ending, server_id, GRACE_S)
+        on_server(ending, server_id, take_down, GRACE_S)

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 from smartproxy.manager.act import Decided, carry_out, notice_exits, unload
+from smartproxy.manager.adopt import carry_on
 from smartproxy.manager.answers import answer_plans, answer_settled
 from smartproxy.manager.bring_up import Loading
 from smartproxy.manager.context import Tools
@@ -42,6 +43,7 @@ def tick(manager: Manager, now: float) -> Pass:
     """Make one pass."""
     tools, loading, sources = manager.tools, manager.loading, manager.sources
     notice_exits(loading, now)
+    carry_on(loading)
     leave_failed_gpus(loading, loading.view, now)
     demands = answer_settled(tools, loading.failures, open_demands(tools.store), now)
     for wish in demands:

@@ -12,12 +12,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from smartproxy.catalog.catalog import build_catalog
 from smartproxy.config.load import load_settings
 from smartproxy.gpus.types import GpuSnapshot
 from smartproxy.lifetime import owned_processes
 from smartproxy.llama import binary
 from smartproxy.manager.__main__ import make_manager
+from smartproxy.manager.act import stop_all, unload
 from smartproxy.manager.bring_down import take_down
 from smartproxy.manager.bring_up import free_port as free_port_of
 from smartproxy.manager.context import Tools
@@ -71,6 +74,35 @@ def test_a_server_stopped_before_its_process_began_leaves_none_behind(tmp_path: 
     )
     assert manager.loading.children.snapshot() == {}
     assert server_rows.server(store, row.id).state == ServerState.STOPPED
+
+
+@pytest.mark.parametrize("state", ["ready", "stopping", "stopped"])
+def test_a_state_that_could_not_be_written_is_reached_once_it_can(
+    state: str, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        manager = manager_of(tmp_path, threads)
+        store, carried = manager.tools.store, manager.loading.children.is_carried
+        with store.write() as connection:  # as on a full disk
+            connection.execute(
+                f"CREATE TRIGGER full BEFORE UPDATE OF state ON servers WHEN NEW.state = '{state}'"
+                " BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+            )
+        demand_rows.ask(store, "load", "m", "worker", now=time.time())
+        tick(manager, time.time())
+        [row] = server_rows.live_servers(store)
+        if state != "ready":
+            wait_until(lambda: server_rows.server(store, row.id).state == ServerState.READY)
+            unload(manager.loading, "m", "a test's", time.time())
+        wait_until(lambda: not carried(row.id), what="the thread has ended")
+        assert server_rows.live_servers(store)
+        with store.write() as connection:
+            connection.execute("DROP TRIGGER full")
+        tick(manager, time.time())
+        end = ServerState.READY if state == "ready" else ServerState.STOPPED
+        wait_until(lambda: server_rows.server(store, row.id).state == end, what=end)
+        stop_all(manager.loading, grace_s=5, deadline_s=30)
+    assert not owned_processes(str(manager.tools.settings.state_dir))
 
 
 @contextmanager
