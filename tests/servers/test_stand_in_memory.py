@@ -57,7 +57,7 @@ def test_memory_comes_step_by_step_and_goes_with_a_lag(
     child: Child, world: WorldFile, tmp_path: Path
 ) -> None:
     env = world.environment | visible(BIG)
-    knobs = f"gpu_bytes={4 * GIB},gpu_steps=4,load_s=1,free_lag_s=1"
+    knobs = f"gpu_bytes={4 * GIB},gpu_steps=4,load_s=4,free_lag_s=1"
     with running(tmp_path / "server", "--fake", knobs, environment=env) as server:
         seen = set()
         while server.status() != 200:

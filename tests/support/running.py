@@ -114,7 +114,7 @@ class Proxy:
             f"{self.url}/v1/chat/completions",
             json={**body, "stream": stream, **more},
             stream=stream,
-            timeout=60,
+            timeout=180,
         )
 
     def rows(self, sql: str) -> list[dict[str, Any]]:
