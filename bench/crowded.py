@@ -19,9 +19,9 @@ from smartproxy.memory.types import EstimateOptions, Layout
 from smartproxy.model_file.metadata import read_metadata
 from smartproxy.model_file.types import ModelMetadata
 from smartproxy.planner.types import (
-    Hold,
     PlacePolicy,
     PlanSettings,
+    Promise,
     RunningServer,
     Snapshot,
     WaitingLoad,
@@ -115,7 +115,7 @@ def _server(
         server_id=number,
         model_id=model_id,
         state=ServerState.READY,
-        holds={uuid: Hold(reserved_bytes=size, visible_bytes=size)},
+        holds={uuid: Promise(reserved_bytes=size, visible_bytes=size)},
         busy=random.randint(1, 4) if random.random() < busy else 0,
         pinned=False,
         created_at=NOW - 5000,

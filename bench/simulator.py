@@ -19,9 +19,9 @@ from smartproxy.memory.types import Need
 from smartproxy.planner.types import (
     Decision,
     Evict,
-    Hold,
     PlacePolicy,
     PlanSettings,
+    Promise,
     RunningServer,
     Snapshot,
     Start,
@@ -65,7 +65,7 @@ class _Server:
     number: int
     model: int
     state: ServerState
-    holds: dict[str, Hold]
+    holds: dict[str, Promise]
     created_at: float
     ready_at: float | None = None
     last_used_at: float
@@ -219,7 +219,7 @@ def _start(world: _World, start: Start) -> None:
         model=model,
         state=ServerState.STARTING,
         holds={
-            share.uuid: Hold(reserved_bytes=share.bytes, visible_bytes=share.bytes)
+            share.uuid: Promise(reserved_bytes=share.bytes, visible_bytes=share.bytes)
             for share in start.placement.gpus
         },
         created_at=world.now,

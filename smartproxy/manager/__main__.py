@@ -253,7 +253,7 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) 
 
 
 def _refuse_all(store: Store) -> None:
-    ids = [wish.id for wish in demand_rows.open_demands(store)]
+    ids = [demand.id for demand in demand_rows.open_demands(store)]
     demand_rows.answer(
         store,
         ids,

@@ -61,9 +61,10 @@ def carry_out(loading: Loading, decided: Decided, demands: list[Demand], now: fl
         _answer(tools, demands, told, decided, now=now)
     for wait in decision.waits:
         late = [
-            wish
-            for wish in demands
-            if wish.model_id == wait.model_id and now - wish.asked_at > tools.settings.queue_timeout
+            demand
+            for demand in demands
+            if demand.model_id == wait.model_id
+            and now - demand.asked_at > tools.settings.queue_timeout
         ]
         message = (
             f"model '{wait.model_id}' still waits after {tools.settings.queue_timeout:g} s"
@@ -88,7 +89,7 @@ def _answer(
     tools: Tools, demands: list[Demand], told: Refused, decided: Decided, *, now: float
 ) -> None:
     model_id, code, message = told.model_id, told.code, told.message
-    ids = [wish.id for wish in demands if wish.kind == "load" and wish.model_id == model_id]
+    ids = [demand.id for demand in demands if demand.kind == "load" and demand.model_id == model_id]
     if not ids:
         return
     demand_rows.answer(tools.store, ids, now=now, error_code=code, message=message)

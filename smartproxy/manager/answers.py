@@ -40,33 +40,35 @@ def answer_settled(
         return []
     live = {row.model_id: row for row in server_rows.live_servers(tools.store)}
     rest = []
-    for wish in demands:
-        settled, code, message = _settled(tools, failures, wish, live.get(wish.model_id), now=now)
+    for demand in demands:
+        settled, code, message = _settled(
+            tools, failures, demand, live.get(demand.model_id), now=now
+        )
         if settled:
-            demand_rows.answer(tools.store, [wish.id], now=now, error_code=code, message=message)
+            demand_rows.answer(tools.store, [demand.id], now=now, error_code=code, message=message)
         else:
-            rest.append(wish)
+            rest.append(demand)
     return rest
 
 
 def _settled(
-    tools: Tools, failures: Failures, wish: Demand, row: LiveServer | None, *, now: float
+    tools: Tools, failures: Failures, demand: Demand, row: LiveServer | None, *, now: float
 ) -> tuple[bool, str | None, str | None]:
     """Return whether a demand is settled, and the error it is answered with (None: done)."""
-    if wish.model_id not in tools.catalog.models:
-        return True, ModelNotFound.code, f"no model '{wish.model_id}' is configured"
-    if wish.kind == "unload":
+    if demand.model_id not in tools.catalog.models:
+        return True, ModelNotFound.code, f"no model '{demand.model_id}' is configured"
+    if demand.kind == "unload":
         return row is None, None, None
-    if wish.kind == "plan":
+    if demand.kind == "plan":
         return False, None, None
     if row is not None:
         # a request takes the ready server by itself; only a person waits to be told
-        return wish.explicit and row.state == ServerState.READY, None, None
-    failure = failures.get(wish.model_id)
+        return demand.explicit and row.state == ServerState.READY, None, None
+    failure = failures.get(demand.model_id)
     if failure is None:
         return False, None, None
-    waited_for_it = wish.asked_at <= failure.at
-    if waited_for_it or (failure.holds(now) and not wish.explicit):
+    waited_for_it = demand.asked_at <= failure.at
+    if waited_for_it or (failure.holds(now) and not demand.explicit):
         return True, failure.code, failure.message
     return False, None, None
 
@@ -75,24 +77,24 @@ def answer_plans(sources: Sources, world: Snapshot, demands: list[Demand], now: 
     """Answer every plan demand, once the GPUs were looked at."""
     if world.gpus is None:
         return
-    for wish in demands:
-        if wish.kind != "plan":
+    for demand in demands:
+        if demand.kind != "plan":
             continue
         try:
-            load = _as_if_asked(sources, wish, now)
+            load = _as_if_asked(sources, demand, now)
         except SmartProxyError as error:
             demand_rows.answer(
-                sources.tools.store, [wish.id], now=now, error_code=error.code, message=str(error)
+                sources.tools.store, [demand.id], now=now, error_code=error.code, message=str(error)
             )
             continue
         told = as_json(world, load, explain(world, load))
-        demand_rows.answer(sources.tools.store, [wish.id], now=now, answer=told)
+        demand_rows.answer(sources.tools.store, [demand.id], now=now, answer=told)
 
 
-def _as_if_asked(sources: Sources, wish: Demand, now: float) -> WaitingLoad:
+def _as_if_asked(sources: Sources, demand: Demand, now: float) -> WaitingLoad:
     """Return the load that a request would cause. Raises where the model's file can't be read."""
     tools, view = sources.tools, sources.view
-    spec = tools.catalog.models[wish.model_id]
+    spec = tools.catalog.models[demand.model_id]
     return WaitingLoad(
         model_id=spec.id,
         asked_at=now,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from smartproxy.gpus.types import Gpu, GpuSnapshot
 from smartproxy.manager.gpu_watch import GpuView
-from smartproxy.planner.types import Hold, RunningServer
+from smartproxy.planner.types import Promise, RunningServer
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import AssignmentRow, assignments
 from smartproxy.state.server_row import LiveServer, ServerRow
@@ -193,7 +193,9 @@ def _stopping(row: ServerRow, reserved: Mapping[str, int]) -> RunningServer:
         server_id=row.id,
         model_id=row.model_id,
         state=ServerState.STOPPING,
-        holds={uuid: Hold(reserved_bytes=size, visible_bytes=0) for uuid, size in reserved.items()},
+        holds={
+            uuid: Promise(reserved_bytes=size, visible_bytes=0) for uuid, size in reserved.items()
+        },
         busy=0,
         pinned=False,
         created_at=row.created_at,

@@ -14,7 +14,7 @@ from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.lingering import Lingering
 from smartproxy.manager.shortage import Shortages
 from smartproxy.manager.use import RecentUse
-from smartproxy.planner.types import Hold, PlanSettings, RunningServer, Snapshot, WaitingLoad
+from smartproxy.planner.types import PlanSettings, Promise, RunningServer, Snapshot, WaitingLoad
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import events
 from smartproxy.state import servers as server_rows
@@ -79,7 +79,7 @@ def _running(
     *,
     now: float,
 ) -> Iterator[RunningServer]:
-    wanted = Counter(wish.model_id for wish in demands if wish.kind == "load")
+    wanted = Counter(demand.model_id for demand in demands if demand.kind == "load")
     for row in live:
         spec = sources.tools.catalog.models.get(row.model_id)
         use = sources.recent.uses.get(row.model_id)
@@ -102,13 +102,13 @@ def _running(
         )
 
 
-def _holds(sources: Sources, pid: int | None, parts: list[AssignmentRow]) -> dict[str, Hold]:
+def _holds(sources: Sources, pid: int | None, parts: list[AssignmentRow]) -> dict[str, Promise]:
     gpus = {gpu.uuid: gpu for gpu in sources.view.gpus}
     holds = {}
     for part in parts:
         gpu, reserved = gpus.get(part.gpu_uuid), part.reserved_bytes
         visible = sources.lingering.visible_bytes(gpu, pid, reserved) if gpu else 0
-        holds[part.gpu_uuid] = Hold(reserved_bytes=reserved, visible_bytes=visible)
+        holds[part.gpu_uuid] = Promise(reserved_bytes=reserved, visible_bytes=visible)
     return holds
 
 
@@ -148,9 +148,9 @@ def _waiting(
 
 
 def _wanted(sources: Sources, demands: list[Demand], now: float) -> Iterator[tuple[str, float]]:
-    for wish in demands:
-        if wish.kind == "load":
-            yield wish.model_id, wish.asked_at
+    for demand in demands:
+        if demand.kind == "load":
+            yield demand.model_id, demand.asked_at
     for model_id in sources.preload.ids():
         yield model_id, now
 
@@ -158,7 +158,7 @@ def _wanted(sources: Sources, demands: list[Demand], now: float) -> Iterator[tup
 def _refuse_unreadable(
     sources: Sources, model_id: str, demands: list[Demand], error: SmartProxyError, now: float
 ) -> None:
-    ids = [wish.id for wish in demands if wish.kind == "load" and wish.model_id == model_id]
+    ids = [demand.id for demand in demands if demand.kind == "load" and demand.model_id == model_id]
     demand_rows.answer(sources.tools.store, ids, now=now, error_code=error.code, message=str(error))
     sources.preload.discard(model_id)
     events.event(
@@ -168,7 +168,7 @@ def _refuse_unreadable(
 
 def idle_too_long(tools: Tools, demands: list[Demand], now: float) -> Iterator[tuple[str, float]]:
     """Yield model and idle seconds of ready servers past their ttl that nobody uses or wants."""
-    wanted = {wish.model_id for wish in demands if wish.kind == "load"}
+    wanted = {demand.model_id for demand in demands if demand.kind == "load"}
     for row in server_rows.live_servers(tools.store):
         spec = tools.catalog.models.get(row.model_id)
         idle_s = now - row.used_at

@@ -46,9 +46,9 @@ def tick(manager: Manager, now: float) -> Pass:
     carry_on(loading)
     leave_failed_gpus(loading, loading.view, now)
     demands = answer_settled(tools, loading.failures, open_demands(tools.store), now)
-    for wish in demands:
-        if wish.kind == "unload":
-            unload(loading, wish.model_id, "unloaded by request", now)
+    for demand in demands:
+        if demand.kind == "unload":
+            unload(loading, demand.model_id, "unloaded by request", now)
     for model_id, idle_s in idle_too_long(tools, demands, now):
         unload(loading, model_id, f"idle for {idle_s:.0f} s (ttl)", now, only_if_idle=True)
     began = time.perf_counter()

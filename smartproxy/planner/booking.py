@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from smartproxy.planner import reasons, shapes, victims
 from smartproxy.planner.ledger import LEAVING, Ledger, open_ledger
-from smartproxy.planner.place import Fit, Wish, sites_for
+from smartproxy.planner.place import Fit, PlaceQuery, sites_for
 from smartproxy.planner.sizes import Sizes
 from smartproxy.planner.types import (
     Evict,
@@ -59,11 +59,11 @@ def open_work(snapshot: Snapshot, cost: Cost = victims.cost) -> Work:
     )
 
 
-def wish_of(work: Work, load: WaitingLoad) -> Wish:
+def query_of(work: Work, load: WaitingLoad) -> PlaceQuery:
     """Return a load as placing sees it: the whole model, and the GPUs it may use."""
     ledger, policy = work.ledger, load.policy
     sites = sites_for(policy, ledger.gpus, ledger.overhead_bytes, work.snapshot.settings)
-    return Wish(
+    return PlaceQuery(
         sizes=Sizes(need=load.need),
         shape=shapes.whole(load.need, policy),
         sites=sites,
@@ -105,7 +105,7 @@ def await_coming(
     return wait(load, reasons.coming(load.model_id, leaving), code, placement)
 
 
-def placement_of(load: WaitingLoad, wish: Wish, fit: Fit, room: list[int]) -> Placement:
+def placement_of(load: WaitingLoad, query: PlaceQuery, fit: Fit, room: list[int]) -> Placement:
     """Return a fit as the launcher wants it, overhead filled in. room: free bytes by position."""
     devices = tuple(
         replace(device, overhead_bytes=site.overhead_bytes)
@@ -123,5 +123,5 @@ def placement_of(load: WaitingLoad, wish: Wish, fit: Fit, room: list[int]) -> Pl
         ),
         layout=fit.estimate.layout,
         estimate=replace(fit.estimate, devices=devices),
-        reason=reasons.placed(load.model_id, wish, fit, room),
+        reason=reasons.placed(load.model_id, query, fit, room),
     )

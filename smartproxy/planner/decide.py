@@ -15,13 +15,13 @@ from smartproxy.planner.booking import (
     Work,
     await_coming,
     placement_of,
+    query_of,
     start,
     wait,
-    wish_of,
 )
 from smartproxy.planner.ledger import LEAVING, overhead_bytes
 from smartproxy.planner.make_room import make_room
-from smartproxy.planner.place import Wish, capacities, find, most_gpus, sites_for, splittable
+from smartproxy.planner.place import PlaceQuery, capacities, find, most_gpus, sites_for, splittable
 from smartproxy.planner.sizes import Sizes
 from smartproxy.planner.types import Placement, Refuse, WaitingLoad
 
@@ -41,7 +41,7 @@ def decide(work: Work, load: WaitingLoad) -> Verdict:
         return _on_cpu(work, load, "its `gpu_layers` is 0")
     if not work.snapshot.gpus:
         return _on_cpu(work, load, "there is no GPU", for_want_of_gpu=True)
-    return _on_gpu(work, load, wish_of(work, load))
+    return _on_gpu(work, load, query_of(work, load))
 
 
 def _on_cpu(work: Work, load: WaitingLoad, why: str, *, for_want_of_gpu: bool = False) -> Verdict:
@@ -61,30 +61,30 @@ def _on_cpu(work: Work, load: WaitingLoad, why: str, *, for_want_of_gpu: bool = 
     return replace(make_room(work, load, None, PoolBusy.code), placement=placement)
 
 
-def _on_gpu(work: Work, load: WaitingLoad, wish: Wish) -> Verdict:
+def _on_gpu(work: Work, load: WaitingLoad, query: PlaceQuery) -> Verdict:
     """Return a load's verdict: now, when what leaves is gone, or after evictions."""
     ledger = work.ledger
     room = ledger.room()
-    fit = shapes.find_grown(wish, capacities(wish.sites, room))
+    fit = shapes.find_grown(query, capacities(query.sites, room))
     if fit is None:
-        within_reach = _within_reach(work, load, wish)
+        within_reach = _within_reach(work, load, query)
         if isinstance(within_reach, Verdict):
             return within_reach
-        if within_reach is not wish:
-            wish = within_reach
-            fit = shapes.find_grown(wish, capacities(wish.sites, room))
+        if within_reach is not query:
+            query = within_reach
+            fit = shapes.find_grown(query, capacities(query.sites, room))
     if fit is not None and min(ledger.places_now, ledger.places_later) > 0:
-        return start(work, load, placement_of(load, wish, fit, room), fit)
+        return start(work, load, placement_of(load, query, fit, room), fit)
     code = PoolBusy.code if fit is not None else GpuMemoryBusy.code
-    goal = shapes.find_grown(wish, capacities(wish.sites, ledger.later))
+    goal = shapes.find_grown(query, capacities(query.sites, ledger.later))
     if goal is not None and ledger.places_later > 0:
-        placement = placement_of(load, wish, goal, ledger.later)
+        placement = placement_of(load, query, goal, ledger.later)
         return await_coming(work, load, (placement, goal), code)
-    return make_room(work, load, wish, code)
+    return make_room(work, load, query, code)
 
 
-def _within_reach(work: Work, load: WaitingLoad, wish: Wish) -> Wish | Verdict:
-    """Return the wish in a shape that we could make room for, or what happens instead.
+def _within_reach(work: Work, load: WaitingLoad, query: PlaceQuery) -> PlaceQuery | Verdict:
+    """Return the query in a shape that we could make room for, or what happens instead.
 
     We could end every server that is not pinned; strangers' memory is not ours to free. Where it is
     not clear whose memory is, no model is sent to the CPU for it: a later look tells.
@@ -95,20 +95,20 @@ def _within_reach(work: Work, load: WaitingLoad, wish: Wish) -> Wish | Verdict:
         if not server.pinned or server.state in LEAVING:
             for position, size in ledger.gains[server.server_id]:
                 reach[position] += size
-    capacity = capacities(wish.sites, reach)
-    if find(wish, capacity) is not None:
-        return wish
+    capacity = capacities(query.sites, reach)
+    if find(query, capacity) is not None:
+        return query
     if load.policy.partial_offload and load.policy.gpu_layers is None:
-        shape = shapes.partial(wish, capacity)
+        shape = shapes.partial(query, capacity)
         if shape is not None:
-            return replace(wish, shape=shape)
+            return replace(query, shape=shape)
     if load.policy.cpu_fallback:
         why = "the GPUs can't give it enough, and cpu_fallback is set"
         return _on_cpu(work, load, why, for_want_of_gpu=not work.ledger.gpus)
-    return _out_of_reach(work, load, wish, reach)
+    return _out_of_reach(work, load, query, reach)
 
 
-def _out_of_reach(work: Work, load: WaitingLoad, wish: Wish, reach: list[int]) -> Verdict:
+def _out_of_reach(work: Work, load: WaitingLoad, query: PlaceQuery, reach: list[int]) -> Verdict:
     """Refuse what would not fit the machine if it were empty; else strangers may leave: wait."""
     gpus = work.snapshot.gpus or ()
     settings = work.snapshot.settings
@@ -116,7 +116,7 @@ def _out_of_reach(work: Work, load: WaitingLoad, wish: Wish, reach: list[int]) -
         load.policy, gpus, [overhead_bytes(gpu, work.snapshot) for gpu in gpus], settings
     )
     empty = [gpu.total_bytes - settings.headroom_bytes for gpu in gpus]
-    machine = replace(wish, sites=sites, max_gpus=load.policy.max_gpus or len(sites))
+    machine = replace(query, sites=sites, max_gpus=load.policy.max_gpus or len(sites))
     needed, available, count = _needed(machine, empty)
     if find(machine, capacities(sites, empty)) is None:
         message = reasons.too_big(load.model_id, needed, available, count)
@@ -130,7 +130,7 @@ def _out_of_reach(work: Work, load: WaitingLoad, wish: Wish, reach: list[int]) -
     return wait(load, reason, GpuMemoryBusy.code)
 
 
-def _needed(machine: Wish, empty: list[int]) -> tuple[int, int, int]:
+def _needed(machine: PlaceQuery, empty: list[int]) -> tuple[int, int, int]:
     """Return bytes needed over the largest set of GPUs, overhead included, its bytes and size."""
     count = max(1, most_gpus(machine))
     sites = splittable(machine.sites) if count > 1 else machine.sites

@@ -8,10 +8,10 @@ from smartproxy.planner.booking import (
     Verdict,
     Work,
     open_work,
-    wish_of,
+    query_of,
 )
 from smartproxy.planner.decide import decide
-from smartproxy.planner.place import Site, Wish
+from smartproxy.planner.place import PlaceQuery, Site
 from smartproxy.planner.reasons import gb
 from smartproxy.planner.types import (
     CandidateGpu,
@@ -33,7 +33,7 @@ def explain(snapshot: Snapshot, load: WaitingLoad) -> Explanation:
             load = older
             break
         decide(work, older)
-    gpus = candidates(work, wish_of(work, load))
+    gpus = candidates(work, query_of(work, load))
     verdict = decide(work, load)
     loaded = work.live.get(load.model_id)
     ready = loaded is not None and loaded.state is ServerState.READY
@@ -68,24 +68,24 @@ def _code(verdict: Verdict) -> str | None:
     return action.code_at_timeout if isinstance(action, Wait) else action.code
 
 
-def candidates(work: Work, wish: Wish) -> tuple[CandidateGpu, ...]:
+def candidates(work: Work, query: PlaceQuery) -> tuple[CandidateGpu, ...]:
     """Return one entry per GPU, in NVML index order, before this load's decision is booked."""
-    sites = {site.gpu.uuid: site for site in wish.sites}
+    sites = {site.gpu.uuid: site for site in query.sites}
     positions = {gpu.uuid: position for position, gpu in enumerate(work.ledger.gpus)}
     return tuple(
-        _candidate(work, wish, gpu, (positions.get(gpu.uuid), sites.get(gpu.uuid)))
+        _candidate(work, query, gpu, (positions.get(gpu.uuid), sites.get(gpu.uuid)))
         for gpu in work.snapshot.gpus or ()
     )
 
 
 def _candidate(
-    work: Work, wish: Wish, gpu: Gpu, place: tuple[int | None, Site | None]
+    work: Work, query: PlaceQuery, gpu: Gpu, place: tuple[int | None, Site | None]
 ) -> CandidateGpu:
     position, site = place
     free = later = 0
     if position is not None:
         free, later = work.ledger.room()[position], work.ledger.later[position]
-    needed = wish.sizes.single_bytes(wish.shape) + site.overhead_bytes if site else None
+    needed = query.sizes.single_bytes(query.shape) + site.overhead_bytes if site else None
     fits_now = needed is not None and needed <= free
     if gpu.error is not None:
         note = f"in error: {gpu.error}"

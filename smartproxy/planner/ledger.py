@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from smartproxy.gpus.cuda import default_overhead_bytes
 from smartproxy.gpus.types import Gpu
-from smartproxy.planner.types import Hold, RunningServer, Snapshot
+from smartproxy.planner.types import Promise, RunningServer, Snapshot
 from smartproxy.types import ServerState
 
 #: on their way out: what they hold is memory that is coming
@@ -95,7 +95,7 @@ def _free_and_gains(
     gpus: Sequence[Gpu], snapshot: Snapshot
 ) -> tuple[list[int], list[int], dict[int, list[tuple[int, int]]]]:
     """Return free and unclear bytes per GPU, and per server what its end gives back."""
-    holders: dict[str, list[tuple[RunningServer, Hold]]] = {gpu.uuid: [] for gpu in gpus}
+    holders: dict[str, list[tuple[RunningServer, Promise]]] = {gpu.uuid: [] for gpu in gpus}
     gains: dict[int, list[tuple[int, int]]] = {}
     for server in snapshot.servers:
         gains[server.server_id] = []
@@ -118,7 +118,7 @@ def _free_and_gains(
     return free, unclear, gains
 
 
-def _promised_unseen(holders: Sequence[tuple[RunningServer, Hold]], now: float) -> int:
+def _promised_unseen(holders: Sequence[tuple[RunningServer, Promise]], now: float) -> int:
     """Return what is promised to servers that NVML shows nothing of and may not need to yet."""
     return sum(
         hold.reserved_bytes
@@ -127,7 +127,7 @@ def _promised_unseen(holders: Sequence[tuple[RunningServer, Hold]], now: float) 
     )
 
 
-def _visible(gpu: Gpu, holders: Sequence[tuple[RunningServer, Hold]], now: float) -> list[int]:
+def _visible(gpu: Gpu, holders: Sequence[tuple[RunningServer, Promise]], now: float) -> list[int]:
     """Return per holder the bytes of it that NVML's "used" contains.
 
     Where the driver doesn't tell memory per process (containers, WDDM), used memory that nobody

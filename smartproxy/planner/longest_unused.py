@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
-from smartproxy.planner.place import Wish, find
+from smartproxy.planner.place import PlaceQuery, find
 from smartproxy.planner.victims import Victim, pruned, with_gains
 
 #: part by which costs may differ and still count as about the same. Where the least swap costs 20 s
@@ -32,7 +32,7 @@ def longest_unused(
     cheapest_set: tuple[Victim, ...],
     victims: Sequence[Victim],
     *,
-    wish: Wish | None,
+    query: PlaceQuery | None,
     capacity: Sequence[int],
     places: int,
 ) -> tuple[Victim, ...]:
@@ -41,8 +41,8 @@ def longest_unused(
     As with the cheapest set, every victim is necessary, and the model goes on no more GPUs. The
     arguments are those of `cheapest`, and what it returned.
     """
-    most_gpus = _gpu_count(wish, capacity, cheapest_set)
-    enough = _as_good_as(wish, capacity, places, most_gpus)
+    most_gpus = _gpu_count(query, capacity, cheapest_set)
+    enough = _as_good_as(query, capacity, places, most_gpus)
     tries = _TRIES_OVER_SEVERAL if most_gpus > 1 else None
     by_use = sorted(victims, key=lambda v: (v.server.last_used_at, v.server.server_id))
     limits = {victim.server.server_id: victim.cost + victim.tolerance for victim in cheapest_set}
@@ -76,18 +76,20 @@ def _exchanges(
                 yield newer, older
 
 
-def _gpu_count(wish: Wish | None, capacity: Sequence[int], gone: Sequence[Victim]) -> int:
+def _gpu_count(query: PlaceQuery | None, capacity: Sequence[int], gone: Sequence[Victim]) -> int:
     """Return over how many GPUs a model goes once these are gone; 0: none, or it doesn't fit."""
-    fit = find(wish, with_gains(capacity, gone)) if wish else None
+    fit = find(query, with_gains(capacity, gone)) if query else None
     return len(fit.sites) if fit else 0
 
 
-def _as_good_as(wish: Wish | None, capacity: Sequence[int], places: int, most_gpus: int) -> _Enough:
+def _as_good_as(
+    query: PlaceQuery | None, capacity: Sequence[int], places: int, most_gpus: int
+) -> _Enough:
     """Return the question whether victims free the places, and memory on no more GPUs than that."""
-    if wish is None:
+    if query is None:
         return lambda victims: len(victims) >= places
-    positions = [site.position for site in wish.sites]
-    alone = wish.sizes.single_bytes(wish.shape)
+    positions = [site.position for site in query.sites]
+    alone = query.sizes.single_bytes(query.shape)
 
     def enough(victims: Sequence[Victim]) -> bool:
         if len(victims) < places:
@@ -95,6 +97,6 @@ def _as_good_as(wish: Wish | None, capacity: Sequence[int], places: int, most_gp
         after = with_gains(capacity, victims)
         if most_gpus == 1:  # spares the dear question
             return any(after[position] >= alone for position in positions)
-        return 0 < _gpu_count(wish, capacity, victims) <= most_gpus
+        return 0 < _gpu_count(query, capacity, victims) <= most_gpus
 
     return enough

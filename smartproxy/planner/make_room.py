@@ -8,7 +8,7 @@ from smartproxy.planner import reasons
 from smartproxy.planner.booking import Verdict, Work, is_idle, placement_of, resident_until, wait
 from smartproxy.planner.ledger import LEAVING
 from smartproxy.planner.longest_unused import ABOUT_THE_SAME, longest_unused
-from smartproxy.planner.place import Wish, capacities
+from smartproxy.planner.place import PlaceQuery, capacities
 from smartproxy.planner.shapes import find_grown
 from smartproxy.planner.types import Evict, Placement, RunningServer, Wait, WaitingLoad
 from smartproxy.planner.victims import Victim, cheapest
@@ -32,8 +32,8 @@ class _Keeps(StrEnum):
     MORE = "starting, or busy and loaded so lately that its load was not worth it yet"
 
 
-def make_room(work: Work, load: WaitingLoad, wish: Wish | None, code: str) -> Verdict:
-    """Return who goes for a load, or what it waits for. wish: None for a model on the CPU.
+def make_room(work: Work, load: WaitingLoad, query: PlaceQuery | None, code: str) -> Verdict:
+    """Return who goes for a load, or what it waits for. query: None for a model on the CPU.
 
     In this order: idle servers go now; young ones are waited for; busy ones are waited for, and
     drained once the load has waited long; then whatever else could go one day.
@@ -44,22 +44,22 @@ def make_room(work: Work, load: WaitingLoad, wish: Wish | None, code: str) -> Ve
     settings, now = work.snapshot.settings, work.snapshot.now
     waited_long = now - load.asked_at >= max(FAIR_WAIT_S, settings.min_residency_s)
 
-    chosen = _choose(work, wish, idle)
+    chosen = _choose(work, query, idle)
     if chosen is not None:
-        return _evict(work, load, wish, chosen, code=code)
-    chosen = _choose(work, wish, idle + fresh) if fresh else None
+        return _evict(work, load, query, chosen, code=code)
+    chosen = _choose(work, query, idle + fresh) if fresh else None
     if chosen is not None:
         until = max(resident_until(work, server) for server in chosen)
         reason = reasons.fresh(load.model_id, chosen, until - now)
-        return wait(load, reason, code, _book(work, load, wish, chosen))
-    chosen = _choose(work, wish, idle + busy) if busy else None
+        return wait(load, reason, code, _book(work, load, query, chosen))
+    chosen = _choose(work, query, idle + busy) if busy else None
     if chosen is not None and waited_long:
-        return _evict(work, load, wish, chosen, code=code)
+        return _evict(work, load, query, chosen, code=code)
     if chosen is None:
-        chosen = _choose(work, wish, idle + fresh + busy + more)
+        chosen = _choose(work, query, idle + fresh + busy + more)
     if chosen is None:
-        return wait(load, _why_none(work, load, wish), code)
-    placement = _book(work, load, wish, chosen) if waited_long else None
+        return wait(load, _why_none(work, load, query), code)
+    placement = _book(work, load, query, chosen) if waited_long else None
     return wait(load, reasons.in_the_way(load.model_id, chosen), code, placement)
 
 
@@ -92,7 +92,7 @@ def _worth_its_load_at(work: Work, server: RunningServer) -> float:
 
 
 def _choose(
-    work: Work, wish: Wish | None, servers: list[RunningServer]
+    work: Work, query: PlaceQuery | None, servers: list[RunningServer]
 ) -> list[RunningServer] | None:
     """Return those of these servers whose end lets the load in at least cost, or None.
 
@@ -100,12 +100,12 @@ def _choose(
     """
     ledger = work.ledger
     victims = [_victim(work, server) for server in servers]
-    capacity = capacities(wish.sites, ledger.later) if wish else []
+    capacity = capacities(query.sites, ledger.later) if query else []
     places = 1 - ledger.places_later
-    chosen = cheapest(wish, capacity, victims, places)
+    chosen = cheapest(query, capacity, victims, places)
     if chosen is None:
         return None
-    chosen = longest_unused(chosen, victims, wish=wish, capacity=capacity, places=places)
+    chosen = longest_unused(chosen, victims, query=query, capacity=capacity, places=places)
     return [victim.server for victim in chosen]
 
 
@@ -120,23 +120,28 @@ def _victim(work: Work, server: RunningServer) -> Victim:
 
 
 def _book(
-    work: Work, load: WaitingLoad, wish: Wish | None, chosen: list[RunningServer]
+    work: Work, load: WaitingLoad, query: PlaceQuery | None, chosen: list[RunningServer]
 ) -> Placement | None:
     """Count the victims' memory as coming, and as this load's; return where it goes then."""
     ledger = work.ledger
     ledger.release_later(server.server_id for server in chosen)
     work.claimed.update(server.server_id for server in chosen)
-    fit = find_grown(wish, capacities(wish.sites, ledger.later)) if wish else None
-    placement = placement_of(load, wish, fit, ledger.later) if wish and fit else None
+    fit = find_grown(query, capacities(query.sites, ledger.later)) if query else None
+    placement = placement_of(load, query, fit, ledger.later) if query and fit else None
     ledger.take(fit.shares() if fit else (), starts=False)
     return placement
 
 
 def _evict(
-    work: Work, load: WaitingLoad, wish: Wish | None, chosen: list[RunningServer], *, code: str
+    work: Work,
+    load: WaitingLoad,
+    query: PlaceQuery | None,
+    chosen: list[RunningServer],
+    *,
+    code: str,
 ) -> Verdict:
     now = work.snapshot.now
-    placement = _book(work, load, wish, chosen)
+    placement = _book(work, load, query, chosen)
     evictions = tuple(
         Evict(
             server_id=server.server_id,
@@ -155,7 +160,7 @@ def _evict(
     )
 
 
-def _why_none(work: Work, load: WaitingLoad, wish: Wish | None) -> str:
+def _why_none(work: Work, load: WaitingLoad, query: PlaceQuery | None) -> str:
     """Return why not even everyone's end would do: pinned servers and older loads are left."""
     size = work.snapshot.settings.pool_size
     pinned = [server.model_id for server in work.snapshot.servers if server.pinned]

@@ -49,7 +49,7 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class PlaceQuery:
     """A model in one shape, and where it may go."""
 
     sizes: Sizes
@@ -61,7 +61,7 @@ class Wish:
 
 
 #: sets of sites in order of preference, given each site's capacity (by position)
-Sets = Callable[[Wish, Sequence[int]], Iterator[tuple[Site, ...]]]
+Sets = Callable[[PlaceQuery, Sequence[int]], Iterator[tuple[Site, ...]]]
 
 
 def sites_for(
@@ -87,49 +87,49 @@ def capacities(sites: Sequence[Site], room: Sequence[int]) -> list[int]:
     return capacity
 
 
-def find(wish: Wish, capacity: Sequence[int]) -> Fit | None:
-    """Return the place that the wish's strategy likes best among those that fit."""
-    if not any(capacity[site.position] > 0 for site in wish.sites):
+def find(query: PlaceQuery, capacity: Sequence[int]) -> Fit | None:
+    """Return the place that the query's strategy likes best among those that fit."""
+    if not any(capacity[site.position] > 0 for site in query.sites):
         return None
-    for sites in STRATEGIES[wish.strategy](wish, capacity):
-        fit = fit_on(wish, sites, capacity)
+    for sites in STRATEGIES[query.strategy](query, capacity):
+        fit = fit_on(query, sites, capacity)
         if fit is not None:
             return fit
     return None
 
 
-def fit_on(wish: Wish, sites: tuple[Site, ...], capacity: Sequence[int]) -> Fit | None:
+def fit_on(query: PlaceQuery, sites: tuple[Site, ...], capacity: Sequence[int]) -> Fit | None:
     """Return the fit over exactly these sites, in this device order, or None."""
     if len(sites) == 1:
-        if wish.sizes.single_bytes(wish.shape) > capacity[sites[0].position]:
+        if query.sizes.single_bytes(query.shape) > capacity[sites[0].position]:
             return None
-        return Fit(sites=sites, estimate=wish.sizes.estimate(wish.shape, (1.0,)))
-    estimate = split(wish.sizes, wish.shape, [capacity[site.position] for site in sites])
+        return Fit(sites=sites, estimate=query.sizes.estimate(query.shape, (1.0,)))
+    estimate = split(query.sizes, query.shape, [capacity[site.position] for site in sites])
     return Fit(sites=sites, estimate=estimate) if estimate is not None else None
 
 
-def _single_gpu_preferred(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
+def _single_gpu_preferred(query: PlaceQuery, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
     """One GPU, calm ones first, the one with most room; else the fewest that fit."""
-    order = sorted(wish.sites, key=lambda s: (not s.calm, -capacity[s.position], s.position))
-    yield from _alone(wish, order, capacity)
-    yield from _fewest(wish, capacity)
+    order = sorted(query.sites, key=lambda s: (not s.calm, -capacity[s.position], s.position))
+    yield from _alone(query, order, capacity)
+    yield from _fewest(query, capacity)
 
 
-def _packed(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
+def _packed(query: PlaceQuery, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
     """One GPU, calm ones first, the tightest that fits: big holes stay whole; else the fewest."""
-    order = sorted(wish.sites, key=lambda s: (not s.calm, capacity[s.position], s.position))
-    yield from _alone(wish, order, capacity)
-    yield from _fewest(wish, capacity)
+    order = sorted(query.sites, key=lambda s: (not s.calm, capacity[s.position], s.position))
+    yield from _alone(query, order, capacity)
+    yield from _fewest(query, capacity)
 
 
-def _distribute(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
+def _distribute(query: PlaceQuery, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
     """As many GPUs as allowed, vacant ones first; one only where there is no second."""
-    if not several_allowed(wish):
-        yield from _single_gpu_preferred(wish, capacity)
+    if not several_allowed(query):
+        yield from _single_gpu_preferred(query, capacity)
         return
-    for sites in (_vacant(wish), splittable(wish.sites)):
+    for sites in (_vacant(query), splittable(query.sites)):
         order = _biggest_first(sites, capacity)
-        for count in range(min(wish.max_gpus, len(sites)), 1, -1):
+        for count in range(min(query.max_gpus, len(sites)), 1, -1):
             yield order[:count]
 
 
@@ -140,14 +140,14 @@ STRATEGIES: Mapping[Strategy, Sets] = {
 }
 
 
-def several_allowed(wish: Wish) -> bool:
+def several_allowed(query: PlaceQuery) -> bool:
     """Return whether the model may be split at all."""
-    return most_gpus(wish) > 1
+    return most_gpus(query) > 1
 
 
-def most_gpus(wish: Wish) -> int:
+def most_gpus(query: PlaceQuery) -> int:
     """Return over how many GPUs the model may be split; 1 or less: not at all."""
-    return min(wish.max_gpus, len(splittable(wish.sites)), wish.shape.gpu_layers)
+    return min(query.max_gpus, len(splittable(query.sites)), query.shape.gpu_layers)
 
 
 def splittable(sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -156,19 +156,19 @@ def splittable(sites: Sequence[Site]) -> tuple[Site, ...]:
 
 
 def _alone(
-    wish: Wish, order: Iterable[Site], capacity: Sequence[int]
+    query: PlaceQuery, order: Iterable[Site], capacity: Sequence[int]
 ) -> Iterator[tuple[Site, ...]]:
-    needed = wish.sizes.single_bytes(wish.shape)
+    needed = query.sizes.single_bytes(query.shape)
     return ((site,) for site in order if capacity[site.position] >= needed)
 
 
-def _fewest(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
-    if not several_allowed(wish):
+def _fewest(query: PlaceQuery, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
+    if not several_allowed(query):
         return
-    everywhere = _biggest_first(splittable(wish.sites), capacity)
-    vacant = _biggest_first(_vacant(wish), capacity)
-    layers = wish.sizes.layer_sums(wish.shape)[-1]
-    for count in range(2, min(wish.max_gpus, len(everywhere)) + 1):
+    everywhere = _biggest_first(splittable(query.sites), capacity)
+    vacant = _biggest_first(_vacant(query), capacity)
+    layers = query.sizes.layer_sums(query.shape)[-1]
+    for count in range(2, min(query.max_gpus, len(everywhere)) + 1):
         # this search asks for fits by the hundred: what can't be is told from the sum alone
         if sum(capacity[site.position] for site in everywhere[:count]) < layers:
             continue
@@ -177,8 +177,8 @@ def _fewest(wish: Wish, capacity: Sequence[int]) -> Iterator[tuple[Site, ...]]:
         yield everywhere[:count]
 
 
-def _vacant(wish: Wish) -> tuple[Site, ...]:
-    return tuple(site for site in splittable(wish.sites) if site.vacant)
+def _vacant(query: PlaceQuery) -> tuple[Site, ...]:
+    return tuple(site for site in splittable(query.sites) if site.vacant)
 
 
 def _biggest_first(sites: Sequence[Site], capacity: Sequence[int]) -> tuple[Site, ...]:

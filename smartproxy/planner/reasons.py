@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from smartproxy.gpus.types import Gpu
-from smartproxy.planner.place import Fit, Wish
+from smartproxy.planner.place import Fit, PlaceQuery
 from smartproxy.planner.types import RunningServer
 from smartproxy.types import GIB, ServerState
 
@@ -15,32 +15,32 @@ def gb(size: int) -> str:
     return f"{size / GIB:.1f} GB"
 
 
-def placed(model_id: str, wish: Wish, fit: Fit, room: Sequence[int]) -> str:
+def placed(model_id: str, query: PlaceQuery, fit: Fit, room: Sequence[int]) -> str:
     """Return why a model goes on these GPUs. room: free bytes by position."""
     parts = [
         f"GPU {site.gpu.index} ({site.gpu.name}): {gb(size)} of {gb(room[site.position])} free"
         for site, (_, size) in zip(fit.sites, fit.shares(), strict=True)
     ]
     text = f"model '{model_id}' on " + "; ".join(parts)
-    layout, need = fit.estimate.layout, wish.sizes.need
+    layout, need = fit.estimate.layout, query.sizes.need
     if len(fit.sites) > 1:
         counts = ",".join(f"{share:g}" for share in layout.tensor_split)
-        text += f"; layers {counts}: {_why_several(wish, room)}"
+        text += f"; layers {counts}: {_why_several(query, room)}"
     if layout.gpu_layers < need.layer_count:
         text += f"; {layout.gpu_layers} of {need.layer_count} layers on the GPU"
     if layout.cpu_moe_layers:
         text += f"; experts of {layout.cpu_moe_layers} layers on the host"
     if need.context_size is None:
         text += f"; the largest context that fits has {layout.context_size} tokens"
-    return f"{text} ({wish.strategy.value})"
+    return f"{text} ({query.strategy.value})"
 
 
-def _why_several(wish: Wish, room: Sequence[int]) -> str:
-    if wish.strategy.value == "distribute":
+def _why_several(query: PlaceQuery, room: Sequence[int]) -> str:
+    if query.strategy.value == "distribute":
         return "spread on purpose"
-    overhead = min(site.overhead_bytes for site in wish.sites)
-    needed = wish.sizes.single_bytes(wish.shape) + overhead
-    most = max(room[site.position] for site in wish.sites)
+    overhead = min(site.overhead_bytes for site in query.sites)
+    needed = query.sizes.single_bytes(query.shape) + overhead
+    most = max(room[site.position] for site in query.sites)
     return f"on one GPU it needs {gb(needed)}, and at most {gb(most)} is free"
 
 

@@ -1,6 +1,6 @@
 """In which shape a model is placed: all of it, as much as fits, with how much context.
 
-Input: a wish and bytes that each GPU can give. Output: shapes and fits. Pure.
+Input: a query and bytes that each GPU can give. Output: shapes and fits. Pure.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from smartproxy.memory.types import Need
-from smartproxy.planner.place import Fit, Wish, find, fit_on
+from smartproxy.planner.place import Fit, PlaceQuery, find, fit_on
 from smartproxy.planner.sizes import Shape
 from smartproxy.planner.types import PlacePolicy
 
@@ -36,32 +36,32 @@ def on_cpu(need: Need) -> Shape:
     return Shape(gpu_layers=0, context_size=context)
 
 
-def find_grown(wish: Wish, capacity: Sequence[int]) -> Fit | None:
+def find_grown(query: PlaceQuery, capacity: Sequence[int]) -> Fit | None:
     """Return the best place, with the largest context there if that is automatic.
 
     A whole context on several GPUs does not beat a smaller one on one GPU.
     """
-    need = wish.sizes.need
+    need = query.sizes.need
     if need.context_size is not None:
-        return find(wish, capacity)
-    top = replace(wish.shape, context_size=_multiple(need.max_context_size))
-    if top.context_size <= wish.shape.context_size:
-        return find(wish, capacity)
-    least, most = find(wish, capacity), find(replace(wish, shape=top), capacity)
+        return find(query, capacity)
+    top = replace(query.shape, context_size=_multiple(need.max_context_size))
+    if top.context_size <= query.shape.context_size:
+        return find(query, capacity)
+    least, most = find(query, capacity), find(replace(query, shape=top), capacity)
     if least is None or (most is not None and len(most.sites) <= len(least.sites)):
         return most or least
-    return _grown(wish, least, capacity)
+    return _grown(query, least, capacity)
 
 
-def _grown(wish: Wish, fit: Fit, capacity: Sequence[int]) -> Fit:
+def _grown(query: PlaceQuery, fit: Fit, capacity: Sequence[int]) -> Fit:
     """Return the same place with the largest context that fits there."""
 
     def with_context(steps: int) -> Fit | None:
-        shape = replace(wish.shape, context_size=steps * CONTEXT_STEP)
-        return fit_on(replace(wish, shape=shape), fit.sites, capacity)
+        shape = replace(query.shape, context_size=steps * CONTEXT_STEP)
+        return fit_on(replace(query, shape=shape), fit.sites, capacity)
 
-    low = -(-wish.shape.context_size // CONTEXT_STEP)
-    steps = most(low, wish.sizes.need.max_context_size // CONTEXT_STEP, with_context)
+    low = -(-query.shape.context_size // CONTEXT_STEP)
+    steps = most(low, query.sizes.need.max_context_size // CONTEXT_STEP, with_context)
     return fit if steps is None else with_context(steps) or fit
 
 
@@ -69,19 +69,19 @@ def _multiple(context: int) -> int:
     return max(CONTEXT_STEP, context // CONTEXT_STEP * CONTEXT_STEP)
 
 
-def partial(wish: Wish, capacity: Sequence[int]) -> Shape | None:
+def partial(query: PlaceQuery, capacity: Sequence[int]) -> Shape | None:
     """Return the shape with the most on the GPUs that fits, or None if not even one layer does.
 
     Expert weights go to the host first: they are big and each token reads few of them, so a
     mixture of experts loses least that way. Only then whole layers, the first ones first.
     """
-    need = wish.sizes.need
+    need = query.sizes.need
 
     def without_experts(kept: int) -> Fit | None:
-        shape = replace(wish.shape, cpu_moe_layers=need.moe_layer_count - kept)
-        return find(replace(wish, shape=shape), capacity)
+        shape = replace(query.shape, cpu_moe_layers=need.moe_layer_count - kept)
+        return find(replace(query, shape=shape), capacity)
 
-    shape = wish.shape
+    shape = query.shape
     if need.moe_layer_count:
         kept = most(0, need.moe_layer_count - 1, without_experts)
         if kept is not None:
@@ -89,7 +89,7 @@ def partial(wish: Wish, capacity: Sequence[int]) -> Shape | None:
         shape = replace(shape, cpu_moe_layers=need.moe_layer_count)
 
     def with_layers(layers: int) -> Fit | None:
-        return find(replace(wish, shape=replace(shape, gpu_layers=layers)), capacity)
+        return find(replace(query, shape=replace(shape, gpu_layers=layers)), capacity)
 
     layers = most(1, shape.gpu_layers - 1, with_layers)
     return None if layers is None else replace(shape, gpu_layers=layers)

@@ -50,7 +50,7 @@ class WaitingLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hold:
+class Promise:
     """What a server has of one GPU."""
 
     #: promised: the estimate, or max(measured, estimate) once measured, overhead included
@@ -67,7 +67,7 @@ class RunningServer:
     model_id: str
     state: ServerState
     #: by GPU uuid; empty on the CPU
-    holds: Mapping[str, Hold]
+    holds: Mapping[str, Promise]
     #: requests on it: leases, or its own count of busy slots, whichever is more
     busy: int
     pinned: bool

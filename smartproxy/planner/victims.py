@@ -1,6 +1,6 @@
 """Who makes room: the cheapest set of servers whose end lets a model fit.
 
-Input: a wish, what each GPU can give, and servers that may be chosen, each with a cost. Output: a
+Input: a query, what each GPU can give, and servers that may be chosen, each with a cost. Output: a
 set of victims every one of which is necessary, or None. Pure.
 
 What a victim costs is the time that its model's requests are expected to wait for it to come back,
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import islice
 
-from smartproxy.planner.place import Wish, find, several_allowed
+from smartproxy.planner.place import PlaceQuery, find, several_allowed
 from smartproxy.planner.types import RunningServer, Strategy
 from smartproxy.types import GIB
 
@@ -82,15 +82,15 @@ def cost(server: RunningServer, now: float) -> float:
 
 
 def cheapest(
-    wish: Wish | None, capacity: Sequence[int], victims: Sequence[Victim], places: int
+    query: PlaceQuery | None, capacity: Sequence[int], victims: Sequence[Victim], places: int
 ) -> tuple[Victim, ...] | None:
-    """Return the victims that make a wish fit and free this many places in the pool, or None.
+    """Return the victims that make a query fit and free this many places in the pool, or None.
 
-    wish: None for a model on the CPU, which needs places only. capacity: bytes for buffers by
+    query: None for a model on the CPU, which needs places only. capacity: bytes for buffers by
     position. A single GPU is preferred at equal cost. Put any one victim back and it doesn't fit.
     """
     order = sorted(victims, key=lambda v: (v.cost, v.server.last_used_at, v.server.server_id))
-    chosen = () if wish is None else _for_memory(wish, capacity, order)
+    chosen = () if query is None else _for_memory(query, capacity, order)
     if chosen is None:
         return None
     rest = [victim for victim in order if victim not in chosen]
@@ -99,42 +99,42 @@ def cheapest(
 
 
 def _for_memory(
-    wish: Wish, capacity: Sequence[int], order: Sequence[Victim]
+    query: PlaceQuery, capacity: Sequence[int], order: Sequence[Victim]
 ) -> tuple[Victim, ...] | None:
     """Return victims, cheapest set first; `order` is sorted by cost."""
-    positions = {site.position for site in wish.sites}
+    positions = {site.position for site in query.sites}
     gained = {
         victim.server.server_id: sum(size for p, size in victim.gains if p in positions)
         for victim in order
     }
     order = [victim for victim in order if gained[victim.server.server_id]]
-    missing = _least_bytes(wish) - sum(max(0, capacity[p]) for p in positions)
+    missing = _least_bytes(query) - sum(max(0, capacity[p]) for p in positions)
 
     def fits(chosen: Sequence[Victim]) -> bool:
         if sum(gained[victim.server.server_id] for victim in chosen) < missing:
             return False  # spares the dear question in most cases
-        return find(wish, with_gains(capacity, chosen)) is not None
+        return find(query, with_gains(capacity, chosen)) is not None
 
     if not fits(order):
         return None
     if fits(()):
         return ()
-    if wish.strategy is not Strategy.DISTRIBUTE or not several_allowed(wish):
-        chosen = _on_one_gpu(wish, capacity, order)
+    if query.strategy is not Strategy.DISTRIBUTE or not several_allowed(query):
+        chosen = _on_one_gpu(query, capacity, order)
         if chosen is not None:
             # a part of them may do over several GPUs
-            return pruned(chosen, fits) if several_allowed(wish) else chosen
+            return pruned(chosen, fits) if several_allowed(query) else chosen
     few = sorted(gained.values(), reverse=True)[:_EXACT_VICTIMS]
     return _over_several(order, fits, sets=_EXACT_SETS if sum(few) >= missing else 0)
 
 
-def _least_bytes(wish: Wish) -> int:
+def _least_bytes(query: PlaceQuery) -> int:
     """Return bytes that a model takes of all its GPUs together, or more."""
-    alone = wish.sizes.single_bytes(wish.shape)
-    if not several_allowed(wish):
+    alone = query.sizes.single_bytes(query.shape)
+    if not several_allowed(query):
         return alone
     # measured, a layout can take less than its layers by themselves do (tensors moved by hand)
-    return min(alone, wish.sizes.layer_sums(wish.shape)[-1])
+    return min(alone, query.sizes.layer_sums(query.shape)[-1])
 
 
 def with_gains(capacity: Sequence[int], chosen: Sequence[Victim]) -> list[int]:
@@ -147,13 +147,13 @@ def with_gains(capacity: Sequence[int], chosen: Sequence[Victim]) -> list[int]:
 
 
 def _on_one_gpu(
-    wish: Wish, capacity: Sequence[int], order: Sequence[Victim]
+    query: PlaceQuery, capacity: Sequence[int], order: Sequence[Victim]
 ) -> tuple[Victim, ...] | None:
     """Return the cheapest set that makes the whole model fit on one GPU, over all of them."""
     best: tuple[Victim, ...] | None = None
     best_cost = math.inf
-    needed = wish.sizes.single_bytes(wish.shape)
-    for site in wish.sites:
+    needed = query.sizes.single_bytes(query.shape)
+    for site in query.sites:
         missing = needed - capacity[site.position]
         items = [(victim, dict(victim.gains).get(site.position, 0)) for victim in order]
         chosen = _cover([item for item in items if item[1] > 0], missing, best_cost)

@@ -30,7 +30,7 @@ from smartproxy.errors import (
 from smartproxy.lifetime import worker_id
 from smartproxy.proxy.file_watch import Moves
 from smartproxy.proxy.outage import Outage
-from smartproxy.proxy.relay.relay import Grant
+from smartproxy.proxy.relay.relay import Lease
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import leases
 from smartproxy.state.leases import Route
@@ -88,7 +88,7 @@ class Broker:
             logger, what="leases can't be written", over="leases are written again", after_s=0
         )
 
-    async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Grant:
+    async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Lease:
         """Return a hold on a ready server of a model, loading it if need be.
 
         avoid_server_id: that one just died under the caller. Raises any SmartProxyError of SPEC 2.
@@ -107,7 +107,7 @@ class Broker:
                     demand_id = await asyncio.shield(asked)
                     await self._watch(model_id, demand_id, avoid_server_id, avoid_until)
                 elif await self._take(route.server_id):
-                    return _grant(route)
+                    return _lease_on(route)
                 else:
                     self._generation = -1  # it is no longer ready: read the routes again
         finally:
@@ -115,9 +115,9 @@ class Broker:
             if asked is not None:
                 asked.add_done_callback(self._withdraw)
 
-    def release(self, grant: Grant) -> None:
+    def release(self, lease: Lease) -> None:
         """Give a hold back."""
-        server_id = grant.server_id
+        server_id = lease.server_id
         self._in_flight[server_id] -= 1
         if self._in_flight[server_id] == 0:
             used_at = time.time()
@@ -300,8 +300,8 @@ def _came_to_nothing(writing: asyncio.Task[bool]) -> bool:
     return writing.cancelled() or writing.exception() is not None or not writing.result()
 
 
-def _grant(route: Route) -> Grant:
-    return Grant(
+def _lease_on(route: Route) -> Lease:
+    return Lease(
         server_id=route.server_id,
         host=route.host,
         port=route.port,

@@ -23,7 +23,7 @@ from smartproxy.errors import from_code
 from smartproxy.proxy import routes
 from smartproxy.proxy.app import handle_errors
 from smartproxy.proxy.inference import Incoming, job_for
-from smartproxy.proxy.relay.relay import Grant, Job
+from smartproxy.proxy.relay.relay import Job, Lease
 from smartproxy.proxy.worker.plain import Application
 
 LOOK_EVERY_S = 0.005
@@ -36,7 +36,7 @@ class PortBroker:
         self.held: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
 
-    async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Grant:
+    async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Lease:
         self.counts["asked"] += 1
         ports, _, gate = model_id.partition("@")
         try:
@@ -52,12 +52,12 @@ class PortBroker:
         usable = [int(port) for port in ports.split(",") if int(port) != avoid_server_id]
         port = usable[0] if usable else int(ports.split(",")[0])
         self.held[str(port)] += 1
-        return Grant(
+        return Lease(
             server_id=port, host="127.0.0.1", port=port, api_key="server-key", model_id=model_id
         )
 
-    def release(self, grant: Grant) -> None:
-        self.held[str(grant.port)] -= 1
+    def release(self, lease: Lease) -> None:
+        self.held[str(lease.port)] -= 1
         self.counts["released"] += 1
 
 

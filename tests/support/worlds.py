@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from smartproxy.gpus.types import Gpu
 from smartproxy.memory.types import DeviceBytes, Estimate, Layout, Need
 from smartproxy.planner.types import (
-    Hold,
     PlacePolicy,
     PlanSettings,
+    Promise,
     RunningServer,
     Snapshot,
     Strategy,
@@ -140,7 +140,7 @@ def server(
         "model_id": model_id,
         "state": ServerState.READY,
         "holds": {
-            uuid: Hold(reserved_bytes=int(size * GIB), visible_bytes=int(size * GIB))
+            uuid: Promise(reserved_bytes=int(size * GIB), visible_bytes=int(size * GIB))
             for uuid, size in held_gb.items()
         },
         "busy": 0,
@@ -255,7 +255,7 @@ def running(draw: st.DrawFn, on: Sequence[Gpu], server_id: int) -> RunningServer
         # a driver that tells at all shows something of whatever has loaded
         quarters = draw(st.sampled_from([4, 4, 4, 3, 1]))
         visible = reserved * (0 if state is ServerState.STARTING else quarters) // 4
-        holds[uuid] = Hold(reserved_bytes=reserved, visible_bytes=visible)
+        holds[uuid] = Promise(reserved_bytes=reserved, visible_bytes=visible)
     age = draw(st.sampled_from([1.0, 4.0, 60.0, 3600.0]))
     started = state is ServerState.STARTING
     return server(
@@ -355,7 +355,7 @@ def split_worlds(draw: st.DrawFn) -> Snapshot:
 
 def _idle(one: RunningServer) -> RunningServer:
     holds = {
-        uuid: Hold(reserved_bytes=hold.reserved_bytes, visible_bytes=hold.reserved_bytes)
+        uuid: Promise(reserved_bytes=hold.reserved_bytes, visible_bytes=hold.reserved_bytes)
         for uuid, hold in one.holds.items()
     }
     return replace(
@@ -374,7 +374,7 @@ def _with_promises(bare: Sequence[Gpu], servers: Sequence[RunningServer]) -> tup
         replace(
             one,
             holds={
-                uuid: Hold(reserved_bytes=hold.reserved_bytes, visible_bytes=hold.reserved_bytes)
+                uuid: Promise(reserved_bytes=hold.reserved_bytes, visible_bytes=hold.reserved_bytes)
                 for uuid, hold in one.holds.items()
             },
         )

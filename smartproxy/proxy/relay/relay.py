@@ -28,9 +28,9 @@ from smartproxy.proxy.wire.poller import PollingLoop
 
 __all__ = [
     "Broker",
-    "Grant",
     "HandedOver",
     "Job",
+    "Lease",
     "RelayLoop",
     "RelayResponse",
     "Request",
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
+class Lease:
     """One request's hold on a server, until it is released."""
 
     server_id: int
@@ -54,14 +54,14 @@ class Grant:
 class Broker(Protocol):
     """Who knows the servers. Both are called in the loop thread."""
 
-    async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Grant:
+    async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Lease:
         """Return a hold on a ready server, however long that takes. Raises SmartProxyError.
 
         Cancelled when the client goes; a cancelled acquire must leave nothing held.
         avoid_server_id: this one could not be reached or died just now.
         """
 
-    def release(self, grant: Grant) -> None:
+    def release(self, lease: Lease) -> None:
         """Give the hold back; never blocks."""
 
 
@@ -141,23 +141,23 @@ class Request:
         avoid_server_id = self.way.failed_server_id
         attempts = 2 if avoid_server_id is None else 1
         for attempts_left in reversed(range(attempts)):
-            grant = await self._acquire(avoid_server_id)
+            lease = await self._acquire(avoid_server_id)
             if self.way.nginx_carries and not self.client.began:
-                self._redirect(grant)
+                self._redirect(lease)
                 return
             try:
-                await self._relay(grant)
+                await self._relay(lease)
                 return
             except ServerDied as died:
-                logger.warning("server %d failed a request: %s", grant.server_id, died)
+                logger.warning("server %d failed a request: %s", lease.server_id, died)
                 if not attempts_left or (self._exchange and self._exchange.answered):
-                    text = f"the server of model {grant.model_id!r} failed: {died}"
+                    text = f"the server of model {lease.model_id!r} failed: {died}"
                     raise UpstreamError(text) from died
-                avoid_server_id = grant.server_id
+                avoid_server_id = lease.server_id
             finally:
-                self.broker.release(grant)
+                self.broker.release(lease)
 
-    async def _acquire(self, avoid_server_id: int | None) -> Grant:
+    async def _acquire(self, avoid_server_id: int | None) -> Lease:
         acquiring = self.broker.acquire(self.job.model_id, avoid_server_id=avoid_server_id)
         if not self.job.stream:
             return await acquiring
@@ -168,26 +168,26 @@ class Request:
         finally:
             comments.stop()
 
-    async def _relay(self, grant: Grant) -> None:
-        self._exchange = Exchange(self.job, self.client, (grant.host, grant.port), grant.api_key)
+    async def _relay(self, lease: Lease) -> None:
+        self._exchange = Exchange(self.job, self.client, (lease.host, lease.port), lease.api_key)
         await self._exchange.run()
 
-    def _redirect(self, grant: Grant) -> None:
+    def _redirect(self, lease: Lease) -> None:
         """Leave the bytes to nginx, and hold on until the server counts the request itself."""
         self._left_to_nginx = True
         self.client.begin(
             nginx.redirect_head(
-                server_id=grant.server_id,
-                host=grant.host,
-                port=grant.port,
-                api_key=grant.api_key,
+                server_id=lease.server_id,
+                host=lease.host,
+                port=lease.port,
+                api_key=lease.api_key,
                 target=self.job.target,
             )
         )
         self.client.write(b"")
         self.client.finish()
         loop = asyncio.get_running_loop()
-        loop.call_later(nginx.HOLD_S, self.broker.release, grant)
+        loop.call_later(nginx.HOLD_S, self.broker.release, lease)
 
     def _settle(self, task: asyncio.Task[None]) -> None:
         self._end_client(task)

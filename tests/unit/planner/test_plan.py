@@ -7,7 +7,7 @@ from dataclasses import replace
 from smartproxy.memory.types import DeviceBytes, Estimate, Layout
 from smartproxy.planner.explain import explain
 from smartproxy.planner.plan import plan
-from smartproxy.planner.types import Decision, Hold, Strategy
+from smartproxy.planner.types import Decision, Promise, Strategy
 from smartproxy.types import GIB, ServerState
 from tests.support import worlds
 from tests.support.worlds import NOW, gpu, load, server, snapshot
@@ -78,7 +78,7 @@ def test_promise_not_yet_visible_counts_as_used() -> None:
         1,
         "s",
         {},
-        holds={"GPU-0": Hold(reserved_bytes=14 * GIB, visible_bytes=4 * GIB)},
+        holds={"GPU-0": Promise(reserved_bytes=14 * GIB, visible_bytes=4 * GIB)},
         state=ServerState.STARTING,
         ready_at=None,
     )
@@ -97,7 +97,7 @@ def test_memory_of_strangers_is_not_given_away() -> None:
 
 
 def test_where_the_driver_tells_no_process_memory_servers_are_not_counted_twice() -> None:
-    silent = server(1, "s", {}, holds={"GPU-0": Hold(reserved_bytes=10 * GIB, visible_bytes=0)})
+    silent = server(1, "s", {}, holds={"GPU-0": Promise(reserved_bytes=10 * GIB, visible_bytes=0)})
     card = gpu(0, 24, used_bytes=10 * GIB, free_bytes=14 * GIB)
     world = replace(snapshot([], [silent], [load("m", 14)]), gpus=(card,))
     world = replace(world, overhead_bytes={"GPU-0": worlds.OVERHEAD_BYTES})
@@ -106,7 +106,7 @@ def test_where_the_driver_tells_no_process_memory_servers_are_not_counted_twice(
 
 def test_memory_of_a_server_that_loads_unseen_drives_no_model_to_the_cpu() -> None:
     """In a container NVML shows used memory but not whose; later looks tell it is ours."""
-    promised = {"GPU-0": Hold(reserved_bytes=10 * GIB, visible_bytes=0)}
+    promised = {"GPU-0": Promise(reserved_bytes=10 * GIB, visible_bytes=0)}
     starting = server(1, "s", {}, holds=promised, state=ServerState.STARTING, ready_at=None)
     waiting = load("m", 15, cpu_fallback=True)
     long_loaded = replace(starting, state=ServerState.READY, ready_at=NOW - 60, busy=1)

@@ -18,8 +18,8 @@ from smartproxy.planner.explain import explain
 from smartproxy.planner.plan import plan
 from smartproxy.planner.types import (
     Decision,
-    Hold,
     Placement,
+    Promise,
     RunningServer,
     Snapshot,
     Strategy,
@@ -334,7 +334,7 @@ def one_second_later(world: Snapshot, decision: Decision) -> Snapshot:
 def stepped(one: RunningServer, now: float, *, drained: bool) -> RunningServer:
     if one.state is ServerState.STARTING:
         whole = {
-            uuid: Hold(reserved_bytes=hold.reserved_bytes, visible_bytes=hold.reserved_bytes)
+            uuid: Promise(reserved_bytes=hold.reserved_bytes, visible_bytes=hold.reserved_bytes)
             for uuid, hold in one.holds.items()
         }
         return replace(one, state=ServerState.READY, ready_at=now, busy=1, holds=whole)
@@ -352,7 +352,7 @@ def started(number: int, model_id: str, placement: Placement, now: float) -> Run
         server_id=number,
         model_id=model_id,
         state=ServerState.STARTING,
-        holds={s.uuid: Hold(reserved_bytes=s.bytes, visible_bytes=0) for s in placement.gpus},
+        holds={s.uuid: Promise(reserved_bytes=s.bytes, visible_bytes=0) for s in placement.gpus},
         busy=0,
         pinned=False,
         created_at=now,

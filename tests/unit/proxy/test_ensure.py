@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
     made.close()
 
 
-def test_a_client_that_goes_while_its_wish_is_written_leaves_none(
+def test_a_client_that_goes_while_its_demand_is_written_leaves_none(
     tmp_path: Path, store: Store
 ) -> None:
     path = tmp_path / "config.json"
@@ -94,9 +94,9 @@ def test_a_ready_server_is_used_also_when_no_lease_can_be_written(
                 " BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
             )
             other.commit()
-        grant = await broker.acquire("m")
-        assert grant.server_id == server_id
-        broker.release(grant)
+        lease = await broker.acquire("m")
+        assert lease.server_id == server_id
+        broker.release(lease)
 
     asyncio.run(story())
 
