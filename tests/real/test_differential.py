@@ -21,6 +21,8 @@ FRAMING = frozenset({"content-length", "transfer-encoding"})
 #: fields that no two answers of one server have in common
 VOLATILE = re.compile(
     r"id|created|created_at|completed_at|timings|id_task|item_id|response_id|call_id|t_\w+"
+    # how much of a prompt the slot that took it still had depends on the requests before
+    r"|cached_tokens|cache_read_input_tokens"
 )
 
 
@@ -100,6 +102,9 @@ def event(block: str) -> Any:
 
 def steady(value: Any) -> Any:
     if isinstance(value, dict):
+        if "cache_read_input_tokens" in value:  # the prompt's tokens, the cached ones apart
+            cached = value["cache_read_input_tokens"]
+            value = {**value, "input_tokens": value["input_tokens"] + cached}
         return {
             key: "*" if VOLATILE.fullmatch(key) and not isinstance(inner, list) else steady(inner)
             for key, inner in value.items()
