@@ -2,7 +2,9 @@
 
 `python -m bench.soak --minutes N --json FILE` (`make soak MINUTES=1440` is a day). A proxy of its
 own over the stand-in NVML and llama-server; a GPU is lost and comes back now and then, the manager
-is killed. Available is an answer of 200 within a second; anything else is listed.
+is killed (`--steady`: it is not, so that what grows is seen). Available is an answer of 200 within
+a second; anything else is listed. Memory, descriptors and threads of every process, rows and the
+size of the state file's log are sampled (vitals.py); `python -m bench.plot` draws them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 from tabulate import tabulate
 
+from bench.figures import machine
 from bench.polls import Poll, percentile_ms, poll
+from bench.vitals import MOST_SAMPLES, Vitals
 from tests.support.fakes import world as nvml
 from tests.support.fakes.nvml import build, environment
 from tests.support.fakes.world import GIB, WorldFile
@@ -72,6 +76,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where the numbers are written")
     parser.add_argument("--minutes", type=float, default=3, help="default 3")
+    parser.add_argument(
+        "--pause", type=float, default=0.15, help="a client's mean pause in s; default 0.15"
+    )
+    parser.add_argument("--steady", action="store_true", help="the manager is not killed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-soak-") as name:
         folder = Path(name)
@@ -79,18 +87,22 @@ def main() -> None:
         env = environment(build(folder), world)
         pool = {"size": 3, "port_start": free_pool(3)}
         with running(folder, MODELS, env=env, server_pool=pool, min_residency=1) as proxy:
-            result = soak(proxy, world, options.minutes * 60)
+            result = soak(proxy, world, options)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 
-def soak(proxy: Proxy, world: WorldFile, seconds: float) -> dict[str, Any]:
-    """Make trouble for so many seconds and return what /health did meanwhile."""
+def soak(proxy: Proxy, world: WorldFile, options: argparse.Namespace) -> dict[str, Any]:
+    """Make trouble for so many minutes and return what /health did meanwhile."""
+    seconds: float = options.minutes * 60
+    assert proxy.process is not None
     ended, tally = threading.Event(), Tally()
+    vitals = Vitals(serve_pid=proxy.process.pid, state_file=proxy.state_dir / "state.db")
     work: list[Callable[[], None]] = [
-        *([lambda: ask(proxy, tally, ended)] * CLIENTS),
-        lambda: kill_managers(proxy, ended),
+        *([lambda: ask(proxy, tally, ended, options.pause)] * CLIENTS),
         lambda: lose_gpus(world, ended),
+        lambda: keep_vitals(vitals, ended, every_s=max(1.0, seconds / MOST_SAMPLES)),
+        *([] if options.steady else [lambda: kill_managers(proxy, ended)]),
     ]
     threads = [threading.Thread(target=entry) for entry in work]
     for thread in threads:
@@ -102,13 +114,23 @@ def soak(proxy: Proxy, world: WorldFile, seconds: float) -> dict[str, Any]:
     ended.set()
     for thread in threads:
         thread.join()
-    return report(proxy, tally, seconds)
+    return {**report(proxy, tally, seconds), "vitals": vitals.as_json()}
 
 
-def ask(proxy: Proxy, tally: Tally, ended: threading.Event) -> None:
+def keep_vitals(vitals: Vitals, ended: threading.Event, *, every_s: float) -> None:
+    began = time.monotonic()
+    while not ended.wait(every_s):
+        vitals.sample(time.monotonic() - began)
+
+
+def ask(proxy: Proxy, tally: Tally, ended: threading.Event, pause_s: float) -> None:
     """Ask models at random, so that they load, crash and make room."""
-    while not ended.wait(random.uniform(0, 0.3)):
-        answer = proxy.chat(random.choice(list(MODELS)), max_tokens=20)
+    while not ended.wait(random.uniform(0, 2 * pause_s)):
+        try:
+            answer = proxy.chat(random.choice(list(MODELS)), max_tokens=20)
+        except requests.RequestException as error:
+            tally.answers[type(error).__name__] += 1
+            continue
         tally.answers[answer.headers.get("X-Smartproxy-Error", str(answer.status_code))] += 1
 
 
@@ -139,6 +161,7 @@ def report(proxy: Proxy, tally: Tally, seconds: float) -> dict[str, Any]:
     crashed = "SELECT count(*) AS n FROM events WHERE message LIKE '%ready->failed%'"
     managers = "SELECT count(*) AS n FROM events WHERE message LIKE 'gpu 0 %->error%'"
     return {
+        **machine(),
         "minutes": round(seconds / 60, 2),
         "polls": tally.polls,
         "available_percent": round(100 * (1 - len(tally.failures) / max(1, tally.polls)), 4),
@@ -159,7 +182,15 @@ def table(result: dict[str, Any]) -> str:
     lines = [[key, value] for key, value in result.items() if not isinstance(value, dict | list)]
     answers = [[f"requests: {code}", number] for code, number in result["answers"].items()]
     listed = "\n".join(result["failures"][:50])
-    return f"{tabulate([*lines, *answers], ['soak', ''])}\n{listed}".rstrip()
+    vitals = tabulate(
+        [
+            [name, figure, *said.values()]
+            for name, figures in result["vitals"]["verdicts"].items()
+            for figure, said in figures.items()
+        ],
+        ["process", "figure", "first", "middle", "last", "most", "per hour, last half", "level"],
+    )
+    return f"{tabulate([*lines, *answers], ['soak', ''])}\n\n{vitals}\n{listed}".rstrip()
 
 
 if __name__ == "__main__":
