@@ -6,16 +6,9 @@ request as an `Incoming` and call it. Nothing here knows who carries the bytes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
-from typing import Any
 from urllib.parse import parse_qsl, quote
-
-import orjson
-from werkzeug.formparser import FormDataParser
-from werkzeug.http import parse_options_header
 
 from smartproxy.catalog.catalog import Catalog, ModelSpec
 from smartproxy.config.settings import Settings
@@ -27,6 +20,7 @@ from smartproxy.errors import (
     RouteNotFound,
 )
 from smartproxy.proxy import auth
+from smartproxy.proxy.fields import Body, Fields, form_fields, json_fields
 from smartproxy.proxy.relay.upstream import Job
 from smartproxy.proxy.wire.heads import header
 
@@ -68,7 +62,7 @@ class Incoming:
     #: path and query as the client sent them
     target: str
     headers: tuple[tuple[bytes, bytes], ...]
-    body: bytes
+    body: Body
 
     @property
     def for_inference(self) -> bool:
@@ -93,12 +87,12 @@ def job_for(
 ) -> Job:
     """Return what the relay is to do for a request.
 
-    Raises RequestTooLarge, InvalidApiKey, InvalidJson, ModelRequired, ModelNotFound or
+    Raises RequestTooLarge, InvalidApiKey, InvalidJson, BadRequest, ModelRequired, ModelNotFound or
     RouteNotFound.
     """
     check_size(len(incoming.body), settings)
     auth.check_key(incoming.path, incoming.field, settings)
-    fields = None
+    fields = Fields()
     if incoming.path.startswith(UPSTREAM_PREFIX):
         spec, target = upstream_target(catalog, incoming)
     else:
@@ -110,7 +104,7 @@ def job_for(
         target=target,
         headers=incoming.headers,
         body=incoming.body,
-        stream=bool(fields and fields.get("stream") is True),
+        stream=fields.stream,
         request_timeout_s=settings.request_timeout,
         sse_wait_comment_after_s=settings.sse_wait_comment_after,
         on_settled=on_settled,
@@ -123,64 +117,42 @@ def check_size(body_bytes: int, settings: Settings) -> None:
         raise RequestTooLarge(f"the body is larger than {settings.max_body_mb} MB (max_body_mb)")
 
 
-def body_fields(incoming: Incoming) -> dict[str, Any] | None:
-    """Return the fields that name model and stream; None when the body has none to offer.
+def body_fields(incoming: Incoming) -> Fields:
+    """Return what a request's body says; nothing where it need not say anything.
 
-    Raises InvalidJson for a body of an inference route that is neither JSON nor a form.
+    Raises InvalidJson for a body of an inference route that is neither JSON nor a form, and
+    BadRequest for a broken form.
     """
     content_type = header(incoming.headers, b"content-type")
     if content_type[:19].lower() == b"multipart/form-data":
         return form_fields(content_type.decode("latin-1"), incoming.body)
-    inference = incoming.for_inference
-    if not incoming.body and not inference:
-        return None
+    if incoming.for_inference:
+        return json_fields(incoming.body)
     try:
-        fields = parsed(incoming.body)
-    except (ValueError, RecursionError) as error:
-        if inference:
-            raise InvalidJson(f"the body is not JSON: {error}") from None
-        return None
-    if isinstance(fields, dict):
-        return fields
-    if inference:
-        raise InvalidJson(f"the body wants a JSON object, got {type(fields).__name__}")
-    return None
+        return json_fields(incoming.body) if incoming.body else Fields()
+    except InvalidJson:
+        return Fields()
 
 
-def form_fields(content_type: str, body: bytes) -> dict[str, Any]:
-    """Return the fields of a multipart form, its files left out."""
-    mimetype, parameters = parse_options_header(content_type)
-    _, form, _ = FormDataParser().parse(BytesIO(body), mimetype, len(body), parameters)
-    return {**form.to_dict(), "stream": form.get("stream") == "true"}
-
-
-def parsed(body: bytes) -> Any:
-    """Return JSON of any depth; orjson is several times faster but stricter than llama-server."""
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return json.loads(body.decode("utf-8-sig"))
-
-
-def named_model(catalog: Catalog, incoming: Incoming, fields: dict[str, Any] | None) -> ModelSpec:
+def named_model(catalog: Catalog, incoming: Incoming, fields: Fields) -> ModelSpec:
     """Return the model a request is for.
 
     A path we don't know is relayed only if it names a model we do know: llama-server gains routes.
     Raises ModelRequired, ModelNotFound or RouteNotFound.
     """
-    name = (fields or {}).get("model") or query_model(incoming.query)
+    name = fields.model or query_model(incoming.query)
     if incoming.for_inference:
-        if name is None or name == "":
+        if fields.not_text:
+            raise ModelRequired(f"`model` must be text, got {fields.not_text}")
+        if not name:
             if catalog.default is None:
                 raise ModelRequired(
                     "the request names no model and no default_model is configured;"
                     " GET /v1/models lists those there are"
                 )
             return catalog.models[catalog.default]
-        if not isinstance(name, str):
-            raise ModelRequired(f"`model` wants a string, got {type(name).__name__}")
         return catalog.resolve(name)
-    if isinstance(name, str) and name:
+    if name:
         try:
             return catalog.resolve(name)
         except ModelNotFound:

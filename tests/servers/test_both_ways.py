@@ -95,7 +95,9 @@ CASES = [
     Case(
         "form", 404, "model_not_found", headers=KEY + BOUNDARY, body=form(model="zzz"), plain=False
     ),
-    Case("broken_form", 500, headers=KEY + BOUNDARY, body=b"--b\r\nnope", plain=False),
+    Case(
+        "broken_form", 400, "bad_request", headers=KEY + BOUNDARY, body=b"--b\r\nnope", plain=False
+    ),
     Case(
         "json_called_text",
         404,

@@ -83,7 +83,7 @@ ROWS = {
     "proxy/worker": row("errors proxy proxy/wire proxy/relay", "gunicorn"),
     "proxy": row(
         "errors log lifetime config catalog state proxy/wire proxy/relay proxy/pages proxy/worker",
-        "flask werkzeug gunicorn orjson",
+        "flask werkzeug gunicorn msgspec",
     ),
     "serving": row("errors lifetime config", "psutil", subprocess=True),
     "commands": row(

@@ -52,7 +52,7 @@ class Job:
     target: str
     #: as received; what must not reach a server is left out later
     headers: tuple[tuple[bytes, bytes], ...]
-    body: bytes
+    body: bytes | bytearray
     #: the body said `"stream": true`
     stream: bool
     #: without a byte from the server

@@ -77,7 +77,7 @@ class Channel:
         if on is not bool(self._watched & READ) and not self.closed:
             self._watch(self._watched ^ READ)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         """Send what the kernel takes and keep the rest; a broken connection is told by on_end."""
         if self.closed or self._unwritable:
             return

@@ -84,7 +84,7 @@ def request_bytes(
     headers: Iterable[tuple[bytes, bytes]],
     host: str,
     api_key: str | None,
-    body: bytes,
+    body: bytes | bytearray,
 ) -> bytes:
     """Return the head to send to a server.
 
