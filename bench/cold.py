@@ -23,7 +23,6 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import requests
 from tabulate import tabulate
 
 from bench.datapath import answering_for_the_real_one
@@ -96,8 +95,7 @@ def one_round(proxy: Proxy) -> dict[str, float]:
 
 
 def unload(proxy: Proxy) -> None:
-    url = f"{proxy.url}/api/models/{MODEL}/unload"
-    requests.post(url, timeout=DEADLINE_S).raise_for_status()
+    proxy.post(f"/api/models/{MODEL}/unload", timeout_s=DEADLINE_S).raise_for_status()
 
 
 def ten_clients(proxy: Proxy) -> list[float]:

@@ -17,7 +17,6 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import requests
 from tabulate import tabulate
 
 from smartproxy.llama.binary import child_environment
@@ -78,10 +77,10 @@ def cold(proxy: Proxy) -> dict[str, Any]:
     """
     rounds = []
     for _ in range(COLD_ROUNDS):
-        requests.post(f"{proxy.url}/api/models/{MODEL}/unload", timeout=60).raise_for_status()
+        proxy.post(f"/api/models/{MODEL}/unload", timeout_s=60).raise_for_status()
         through_s = first_token_s(proxy.port, {})
         server = ready_server(proxy)
-        requests.post(f"{proxy.url}/api/models/{MODEL}/unload", timeout=60).raise_for_status()
+        proxy.post(f"/api/models/{MODEL}/unload", timeout_s=60).raise_for_status()
         bare_ready_s, bare_first_token_s = bare_start(json.loads(server["command"]))
         rounds.append(
             {

@@ -7,6 +7,8 @@ place. The docstring of a class says when it is raised. Status and code of each:
     |-- InvalidJson           400  invalid_json
     |-- ModelRequired         400  model_required
     |-- InvalidApiKey         401  invalid_api_key
+    |-- HostNotAllowed        403  host_not_allowed
+    |-- OriginNotAllowed      403  origin_not_allowed
     |-- ModelNotFound         404  model_not_found
     |-- RouteNotFound         404  not_found
     |-- BadRequest            400  bad_request
@@ -63,6 +65,18 @@ class InvalidApiKey(SmartProxyError):
     """Missing or wrong API key."""
 
     http_status, code, type = 401, "invalid_api_key", "authentication_error"
+
+
+class HostNotAllowed(SmartProxyError):
+    """The Host is none of the proxy's names: a page whose DNS was pointed at us looks like this."""
+
+    http_status, code, type = 403, "host_not_allowed", "permission_error"
+
+
+class OriginNotAllowed(SmartProxyError):
+    """A page of another origin must not send this."""
+
+    http_status, code, type = 403, "origin_not_allowed", "permission_error"
 
 
 class ModelNotFound(SmartProxyError):

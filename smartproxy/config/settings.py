@@ -21,7 +21,9 @@ from smartproxy.config.values import (
     FilePath,
     GpuLayers,
     GpuName,
+    HostName,
     ModelName,
+    Origin,
     Parallel,
     Port,
     Repo,
@@ -247,6 +249,13 @@ class Settings(_Section):
     """Keys of clients (`Authorization: Bearer ...`). Without them, no key is needed."""
     admin_keys: tuple[ApiKey, ...] = Field((), repr=False)
     """Keys for `/api/`. Without them, all who may use the models may use it."""
+    allowed_hosts: tuple[HostName, ...] = ()
+    """Names that the proxy is called by (`"gpu.example"`, `"*.example"`). IP addresses, `localhost`
+    and the machine's own name need not be listed. A request to any other name is answered with
+    403."""
+    allowed_origins: tuple[Origin, ...] = ()
+    """Origins whose web pages may use the models (`"https://chat.example"`). Pages of this machine
+    need not be listed. `"*"` is every page. `/api/` is never open to other origins."""
     llama_server: FilePath | None = None
     """The `llama-server` binary. Without it: the one on `PATH`, else the one of the installed
     package."""

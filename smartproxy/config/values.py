@@ -13,6 +13,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 REPO_PATTERN = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 GPU_UUID_PATTERN = re.compile(r"(GPU|MIG)-[!-~]+")
 _NAME_RULE = "a name without commas, outer spaces, '/' or '-' in front, '/' at the end"
+#: a name, all names below one, or all names
+HOST_PATTERN = re.compile(r"\*|(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+#: as a browser sends it (RFC 6454): nothing behind the port
+ORIGIN_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9_.:\[\]-]+")
 API_KEY_PATTERN = re.compile(r"[!-~]+")
 
 
@@ -61,10 +65,30 @@ def _api_key(key: str) -> str:
     return key
 
 
+def _host_name(name: str) -> str:
+    if not HOST_PATTERN.fullmatch(name):
+        raise ValueError(
+            f'got {json.dumps(name)}, must be a name such as "gpu.example" or "*.example", without'
+            " scheme and port"
+        )
+    return name.lower().removesuffix(".")
+
+
+def _origin(origin: str) -> str:
+    if origin != "*" and not ORIGIN_PATTERN.fullmatch(origin):
+        raise ValueError(
+            f'got {json.dumps(origin)}, must be "*" or a scheme, a host and a port if it is not the'
+            ' usual one, such as "https://chat.example"'
+        )
+    return origin.lower()
+
+
 Text = Annotated[str, BeforeValidator(_printable)]
 FilePath = Annotated[Path, BeforeValidator(_printable), AfterValidator(_absolute)]
 ModelName = Annotated[Text, AfterValidator(check_model_name)]
 Repo = Annotated[Text, AfterValidator(_repo)]
+HostName = Annotated[str, AfterValidator(_host_name)]
+Origin = Annotated[str, AfterValidator(_origin)]
 ApiKey = Annotated[str, AfterValidator(_api_key)]
 GpuName = Annotated[int | str, AfterValidator(_gpu_name)]
 #: at most half a year: every timer of the platform takes that

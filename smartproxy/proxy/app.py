@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from flask import Flask, Response
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from smartproxy.catalog.catalog import build_catalog
@@ -15,6 +15,7 @@ from smartproxy.errors import (
     SmartProxyError,
 )
 from smartproxy.proxy import routes
+from smartproxy.proxy.browsers import Browsers
 from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.inference import Incoming, job_for
 from smartproxy.proxy.pages import models, monitoring
@@ -33,30 +34,44 @@ def create_app(settings: Settings) -> Application:
     app.url_map.merge_slashes = False
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mb << 20
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # preflights are answered in routes.py
-    catalog = build_catalog(settings)
+    catalog, browsers = build_catalog(settings), Browsers(settings)
     store = Store(settings.state_dir / "state.db")
     counting, broker = RequestCounts(store), Broker(store, settings)
     app.register_blueprint(monitoring.blueprint(settings, store, counting))
     app.register_blueprint(models.blueprint(settings, catalog, store))
 
     def decide(incoming: Incoming) -> Job:
-        return job_for(incoming, settings, catalog, counting.settled)
+        return job_for(incoming, settings, catalog, browsers, on_settled=counting.settled)
 
-    app.register_blueprint(routes.blueprint(decide, broker, counting.refused))
-    handle_errors(app, settings)
-    app.after_request(_open_to_pages)
-    return Application(wsgi=app, broker=broker, decide=decide, on_refused=counting.refused)
-
-
-def _open_to_pages(response: Response) -> Response:
-    """Let pages of other origins read our own answers, as they can read llama-server's."""
-    for name, value in cross_origin(routes.origin()):
-        response.headers.setdefault(name.decode(), value.decode("latin-1"))
-    return response
+    app.register_blueprint(routes.blueprint(decide, broker, browsers, counting.refused))
+    mind_browsers(app, browsers)
+    handle_errors(app, settings, browsers)
+    return Application(
+        wsgi=app, broker=broker, decide=decide, browsers=browsers, on_refused=counting.refused
+    )
 
 
-def handle_errors(app: Flask, settings: Settings) -> None:
+def mind_browsers(app: Flask, browsers: Browsers) -> None:
+    """Refuse what pages must not send, to whatever route, and let pages read what they may."""
+
+    @app.before_request
+    def check() -> None:
+        browsers.check(
+            request.method, request.path, request.headers.get, trust_host=routes.behind_front()
+        )
+
+    @app.after_request
+    def open_to_pages(response: Response) -> Response:
+        for name, value in cross_origin(routes.reader(browsers)):
+            response.headers.setdefault(name.decode(), value.decode("latin-1"))
+        return response
+
+
+def handle_errors(app: Flask, settings: Settings, browsers: Browsers) -> None:
     """The one place where an error becomes an answer."""
+
+    def error_response(error: SmartProxyError) -> Response:
+        return routes.as_response(error_answer(error, routes.reader(browsers)))
 
     @app.errorhandler(SmartProxyError)
     def ours(error: SmartProxyError) -> Response:
@@ -80,8 +95,3 @@ def handle_errors(app: Flask, settings: Settings) -> None:
         return error_response(
             SmartProxyError(f"a fault of the proxy itself ({type(error).__name__}): see its log")
         )
-
-
-def error_response(error: SmartProxyError) -> Response:
-    """Return an error as Flask's answer."""
-    return routes.as_response(error_answer(error, routes.origin()))

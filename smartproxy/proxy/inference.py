@@ -6,7 +6,7 @@ request as an `Incoming` and call it. Nothing here knows who carries the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote
 
@@ -20,6 +20,7 @@ from smartproxy.errors import (
     RouteNotFound,
 )
 from smartproxy.proxy import auth
+from smartproxy.proxy.browsers import Browsers
 from smartproxy.proxy.fields import Body, Fields, form_fields, json_fields
 from smartproxy.proxy.relay.upstream import Job
 from smartproxy.proxy.wire.heads import header
@@ -62,7 +63,11 @@ class Incoming:
     #: path and query as the client sent them
     target: str
     headers: tuple[tuple[bytes, bytes], ...]
+    #: the same by lower-case name
+    fields: Mapping[bytes, bytes]
     body: Body
+    #: it came on a unix socket: a front server looked at its Host, or has only one name
+    behind_front: bool
 
     @property
     def for_inference(self) -> bool:
@@ -75,21 +80,24 @@ class Incoming:
         return self.target.partition("#")[0].partition("?")[2]
 
     def field(self, name: str, default: str = "") -> str:
-        """Return a header's first value."""
-        return header(self.headers, name.lower().encode()).decode("latin-1") or default
+        """Return a header's value."""
+        return self.fields.get(name.lower().encode(), b"").decode("latin-1") or default
 
 
 def job_for(
     incoming: Incoming,
     settings: Settings,
     catalog: Catalog,
+    browsers: Browsers,
+    *,
     on_settled: Callable[[str, int | None], None] | None,
 ) -> Job:
     """Return what the relay is to do for a request.
 
-    Raises RequestTooLarge, InvalidApiKey, InvalidJson, BadRequest, ModelRequired, ModelNotFound or
-    RouteNotFound.
+    Raises HostNotAllowed, OriginNotAllowed, RequestTooLarge, InvalidApiKey, InvalidJson,
+    BadRequest, ModelRequired, ModelNotFound or RouteNotFound.
     """
+    browsers.check(incoming.method, incoming.path, incoming.field, trust_host=incoming.behind_front)
     check_size(len(incoming.body), settings)
     auth.check_key(incoming.path, incoming.field, settings)
     fields = Fields()
@@ -108,6 +116,7 @@ def job_for(
         request_timeout_s=settings.request_timeout,
         sse_wait_comment_after_s=settings.sse_wait_comment_after,
         on_settled=on_settled,
+        reader=browsers.reader(incoming.field("Origin"), incoming.path),
     )
 
 

@@ -5,13 +5,15 @@ Under RelayWorker requests of the plainest form do not come here (`worker.plain`
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from urllib.parse import quote
 
 from flask import Blueprint, Response, g, request
 from werkzeug.datastructures import Headers
 
-from smartproxy.proxy.inference import PATH_SAFE, UPSTREAM_PREFIX, Incoming
+from smartproxy.proxy.browsers import Browsers
+from smartproxy.proxy.inference import PATH_SAFE, Incoming
 from smartproxy.proxy.relay.relay import Broker, Job, RelayResponse
 from smartproxy.proxy.wire import own_answers
 from smartproxy.proxy.wire.heads import header_bytes
@@ -21,7 +23,10 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
 def blueprint(
-    decide: Callable[[Incoming], Job], broker: Broker, on_refused: Callable[[int], None]
+    decide: Callable[[Incoming], Job],
+    broker: Broker,
+    browsers: Browsers,
+    on_refused: Callable[[int], None],
 ) -> Blueprint:
     """Return the catch-all; whatever is registered more exactly wins over it.
 
@@ -38,8 +43,8 @@ def blueprint(
     @routes.route("/", defaults={"path": ""}, methods=METHODS, provide_automatic_options=False)
     @routes.route("/<path:path>", methods=METHODS, provide_automatic_options=False)
     def relay_any(path: str) -> Response:
-        if request.method == "OPTIONS" and not request.path.startswith(UPSTREAM_PREFIX):
-            return as_response(own_answers.preflight(origin()))
+        if request.method == "OPTIONS":  # a server would allow every page
+            return as_response(own_answers.preflight(reader(browsers)))
         job = decide(incoming())
         g.handed_over = True
         return RelayResponse(job, broker)
@@ -49,13 +54,21 @@ def blueprint(
 
 def incoming() -> Incoming:
     """Return the request that Flask handles now."""
+    headers = header_bytes(request.headers.items())
     return Incoming(
         method=request.method,
         path=request.path,
         target=raw_target(),
-        headers=header_bytes(request.headers.items()),
+        headers=headers,
+        fields={name.lower(): value for name, value in headers},
         body=request.get_data(cache=False),
+        behind_front=behind_front(),
     )
+
+
+def behind_front() -> bool:
+    """Return whether the request came on a unix socket, from a front server."""
+    return getattr(request.environ.get("gunicorn.socket"), "family", None) == socket.AF_UNIX
 
 
 def raw_target() -> str:
@@ -67,9 +80,9 @@ def raw_target() -> str:
     return quote(request.path, safe=PATH_SAFE) + (f"?{query}" if query else "")
 
 
-def origin() -> bytes:
-    """Return the origin of the page that asks, or nothing."""
-    return request.headers.get("Origin", "").encode("latin-1")
+def reader(browsers: Browsers) -> bytes:
+    """Return the origin whose pages may read the answer, `*`, or nothing for nobody."""
+    return browsers.reader(request.headers.get("Origin", ""), request.path)
 
 
 def as_response(answer: OwnAnswer) -> Response:

@@ -12,12 +12,15 @@ import pytest
 from smartproxy.proxy.inference import INFERENCE_PATHS
 from smartproxy.proxy.worker.plain import MAX_BODY_BYTES, incoming_of, plain_request
 from tests.support.running import Proxy, fake_model, running
-from tests.support.wire import Answer, Wire
+from tests.support.wire import PAGE, Answer, Wire
 
 CHAT = "/v1/chat/completions"
 KEY = "Authorization: Bearer client-key\r\n"
 #: gunicorn drops it, as CGI can't tell it from X-Neutral; for the plain way it is not plain
 OTHER_WAY = "X_Neutral: 1\r\n"
+JSON = "Content-Type: application/json\r\n"
+TEXT = "Content-Type: text/plain\r\n"
+OTHER_PAGE = "Origin: https://other.example\r\n"
 BOUNDARY = "Content-Type: multipart/form-data; boundary=b\r\n"
 
 
@@ -42,11 +45,12 @@ class Case:
     target: str = CHAT
     body: bytes = chat()
     headers: str = KEY
+    host: str = "p"
     #: takes the plain way when it may
     plain: bool = True
 
     def request(self, extra: str) -> bytes:
-        head = f"{self.method} {self.target} HTTP/1.1\r\nHost: p\r\n"
+        head = f"{self.method} {self.target} HTTP/1.1\r\nHost: {self.host}\r\n"
         head += f"Content-Length: {len(self.body)}\r\n{self.headers}{extra}\r\n"
         return head.encode("latin-1") + self.body
 
@@ -126,10 +130,28 @@ CASES = [
         "origin",
         404,
         "model_not_found",
-        headers=KEY + "Origin: https://page.example\r\n",
+        headers=KEY + JSON + f"Origin: {PAGE}\r\n",
         body=chat("zzz"),
     ),
-    Case("origin_without_key", 401, "invalid_api_key", headers="Origin: null\r\n"),
+    Case("allowed_page", 200, headers=KEY + f"Origin: {PAGE}\r\n"),
+    Case("page_of_this_machine", 200, headers=KEY + "Origin: http://localhost:3000\r\n"),
+    Case("own_page", 200, headers=KEY + "Origin: http://p\r\n"),
+    Case("other_page", 403, "origin_not_allowed", headers=KEY + OTHER_PAGE),
+    Case("other_page_by_text", 403, "origin_not_allowed", headers=KEY + TEXT + OTHER_PAGE),
+    Case("page_passed_on_by_a_program", 200, headers=KEY + JSON + OTHER_PAGE),
+    Case(
+        "other_site_that_says_no_origin",
+        403,
+        "origin_not_allowed",
+        headers=KEY + "Sec-Fetch-Site: cross-site\r\n",
+    ),
+    Case("other_host", 403, "host_not_allowed", host="evil.example"),
+    Case("other_host_without_key", 403, "host_not_allowed", host="evil.example:80", headers=""),
+    Case("address_as_host", 200, host="192.168.7.7:8000"),
+    Case("six_as_host", 200, host="[::1]:8000"),
+    Case("capital_host", 200, host="LOCALHOST."),
+    Case("no_name_as_host", 200, host=""),
+    Case("page_without_key", 401, "invalid_api_key", headers=JSON + "Origin: null\r\n"),
     Case(
         "connection_close",
         404,
@@ -167,7 +189,45 @@ CASES = [
         None,
         method="OPTIONS",
         body=b"",
-        headers="Origin: http://a\r\n",
+        headers="Origin: http://localhost\r\n",
+        plain=False,
+    ),
+    Case(
+        "preflight_of_an_allowed_page",
+        200,
+        method="OPTIONS",
+        target="/upstream/m/props",
+        body=b"",
+        headers=f"Origin: {PAGE}\r\n",
+        plain=False,
+    ),
+    Case(
+        "preflight_of_another_page",
+        403,
+        "origin_not_allowed",
+        method="OPTIONS",
+        body=b"",
+        headers=OTHER_PAGE,
+        plain=False,
+    ),
+    Case(
+        "preflight_of_an_operation",
+        403,
+        "origin_not_allowed",
+        method="OPTIONS",
+        target="/api/models/m/unload",
+        body=b"",
+        headers=f"Origin: {PAGE}\r\n",
+        plain=False,
+    ),
+    Case(
+        "upstream_by_a_picture",
+        403,
+        "origin_not_allowed",
+        method="GET",
+        target="/upstream/m/props",
+        body=b"",
+        headers=KEY + "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: no-cors\r\n",
         plain=False,
     ),
     Case(
@@ -212,6 +272,7 @@ CASES = [
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     models = {"m": {**fake_model(), "aliases": ["short"]}, "org/model": fake_model()}
     settings: dict[str, Any] = {"default_model": "m", "max_body_mb": 1}
+    settings |= {"allowed_origins": [PAGE]}
     settings |= {"api_keys": ["client-key"], "admin_keys": ["admin-key"]}
     with running(tmp_path_factory.mktemp("ways"), models, **settings) as started:
         yield started

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from tests.support import gguf_files, gguf_shapes
 from tests.support.fakes.world import FakeGpu, FakeMig, World
 from tests.support.gpu_running import (
@@ -168,7 +166,7 @@ def test_what_a_model_s_configuration_says_of_its_place_is_carried_out(tmp_path:
             assert answer.status_code == 200, answer.text
             seen = started(proxy, name)
             # each has the machine to itself
-            requests.post(f"{proxy.url}/api/models/{name}/unload", timeout=60).raise_for_status()
+            proxy.post(f"/api/models/{name}/unload", timeout_s=60).raise_for_status()
             return seen
 
         assert server_of("by-number").cards() == [uuid(0)]

@@ -108,7 +108,7 @@ def test_the_inventory_names_cards_slices_and_driver(start: Start, world: WorldF
 def test_an_unloaded_model_leaves_its_gpu_available(start: Start) -> None:
     with start() as proxy:
         assert proxy.chat("m").status_code == 200
-        requests.post(f"{proxy.url}/api/models/m/unload", timeout=30).raise_for_status()
+        proxy.post("/api/models/m/unload", timeout_s=30).raise_for_status()
         assert gpus(proxy)[BIG]["state"] == "available"
         assert events(proxy, "gpu 0 assigned->%") == [
             "gpu 0 assigned->available: model 'm' is gone"

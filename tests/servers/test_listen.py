@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import requests
 
 from smartproxy.proxy.relay.nginx import HOLD_S
 from tests.support.nginxes import nginx
@@ -62,8 +61,7 @@ def test_a_drained_server_finishes_what_nginx_carries(tmp_path: Path) -> None:
         with proxy.chat("a", stream=True, max_tokens=None) as stream:
             events = stream.iter_lines()
             assert next(events).startswith(b"data: ")
-            unload = f"{proxy.url}/api/models/a/unload"
-            unloaded = pool.submit(requests.post, unload, timeout=60)
+            unloaded = pool.submit(proxy.post, "/api/models/a/unload")
             wait_until(lambda: proxy.states() == {"a": "draining"}, what="draining")
             assert [line for line in events if line][-1] == b"data: [DONE]"
         assert unloaded.result().ok

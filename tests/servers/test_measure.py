@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 
 from tests.support.gpu_running import GIB, MIB, Card, gpu_machine, model, uuid, world_of
 from tests.support.running import Proxy, wait_until
@@ -32,7 +31,7 @@ def load(proxy: Proxy, model_id: str) -> dict[str, Any]:
 
 
 def unload(proxy: Proxy, model_id: str) -> None:
-    answer = requests.post(f"{proxy.url}/api/models/{model_id}/unload", timeout=60)
+    answer = proxy.post(f"/api/models/{model_id}/unload", timeout_s=60)
     assert answer.status_code == 200, answer.text
     wait_until(lambda: proxy.states()[model_id] == "stopped", what=f"{model_id} stopped")
 

@@ -33,7 +33,7 @@ def status(proxy: Proxy) -> dict[str, Any]:
 def waiting(proxy: Proxy, path: str, body: str) -> Any:
     """Return an open connection whose request waits for a model that never comes."""
     connection = HTTPConnection("127.0.0.1", proxy.port, timeout=60)
-    connection.request("POST", path, body)
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
     return closing(connection)
 
 

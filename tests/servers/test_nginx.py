@@ -22,7 +22,7 @@ from tests.support.upstreams import (
     plain_answer,
     wait_until,
 )
-from tests.support.wire import Wire
+from tests.support.wire import PAGE, Wire
 
 EVENTS = [b"data: %d\n\n" % number for number in range(20)]
 STREAM = event_head() + b"".join(map(chunk, EVENTS)) + b"0\r\n\r\n"
@@ -306,3 +306,29 @@ def test_large_bodies_arrive_whole(front: Front) -> None:
         sent = body + b'"%d"}' % upstream.port
         assert wire.post("/x", sent).read_answer().status == 200
         assert upstream.visit().body == sent
+
+
+#: how a server opens itself to every page
+PERMISSIVE = (
+    b"Access-Control-Allow-Origin: https://other.example\r\n"
+    b"Access-Control-Allow-Credentials: true\r\nAccess-Control-Allow-Headers: *\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("origin", "reader"),
+    [(PAGE, PAGE), ("http://localhost:1", "http://localhost:1"), ("https://other.example", None)],
+)
+def test_pages_that_are_allowed_may_read_what_nginx_brings(
+    front: Front, origin: str, reader: str | None
+) -> None:
+    said = b"HTTP/1.1 200 OK\r\n" + PERMISSIVE + b"Content-Length: 2\r\n\r\n{}"
+    extra = f"Content-Type: application/json\r\nOrigin: {origin}\r\n"
+    with answering(said) as upstream, front.connect() as wire:
+        relayed = wire.post("/x", {"model": str(upstream.port)}, extra).read_answer()
+        refused = wire.post("/x", {"model": "!pool_busy"}, extra).read_answer()
+    for answer in (relayed, refused):
+        assert answer.header("access-control-allow-origin") == reader
+        assert answer.header("access-control-allow-credentials") is None
+        assert answer.header("vary") == ("Origin" if reader else None)
+    assert (relayed.status, refused.status) == (200, 503)

@@ -102,7 +102,7 @@ def test_an_id_with_slashes_is_found(proxy: Proxy, path: str) -> None:
 
 def test_load_and_unload_are_as_described(proxy: Proxy) -> None:
     for verb, status in (("unload", "unloaded"), ("load", "ready")):
-        answer = requests.post(f"{proxy.url}/api/models/user/loaded.model/{verb}", timeout=30)
+        answer = proxy.post(f"/api/models/user/loaded.model/{verb}", timeout_s=30)
         validate(answer.json(), "ListedModel")
         assert answer.json()["status"] == status
 

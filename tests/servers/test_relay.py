@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.gunicorns import Gunicorn, gunicorn
 from tests.support.upstreams import Upstream, Visit, chunk, event_head, plain_answer
-from tests.support.wire import request
+from tests.support.wire import PAGE, request
 
 EVENTS = [b"data: %d\n\n" % number for number in range(50)]
 STREAM = event_head() + b"".join(map(chunk, EVENTS)) + b"0\r\n\r\n"
@@ -292,3 +292,13 @@ def test_plain_gthread_serves_the_same_bytes(tmp_path_factory: pytest.TempPathFa
             refused = wire.post("/x", {"model": "!pool_busy"}).read_answer()
             assert (refused.status, refused.header("retry-after")) == (503, "10")
         proxy.wait_idle()
+
+
+def test_a_server_does_not_open_itself_to_pages(proxy: Gunicorn) -> None:
+    said = b"HTTP/1.1 200 OK\r\nAccess-Control-Allow-Origin: *\r\nContent-Length: 2\r\n\r\n{}"
+    page = f"Origin: {PAGE}\r\n"
+    other = "Content-Type: application/json\r\nOrigin: https://other.example\r\n"
+    for extra, reader in (("", None), (other, None), (page, PAGE)):
+        with Upstream(lambda visit: visit.send(said)) as upstream, proxy.connect() as wire:
+            answer = wire.post("/x", {"model": str(upstream.port)}, extra).read_answer()
+        assert answer.header("access-control-allow-origin") == reader

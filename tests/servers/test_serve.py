@@ -21,6 +21,7 @@ import requests
 from tests.support.paths import ROOT
 from tests.support.ports import free_pool, free_port
 from tests.support.running import Proxy, fake_model, running, wait_until
+from tests.support.wire import PAGE
 
 
 def wait_state(proxy: Proxy, model: str, state: str) -> None:
@@ -188,9 +189,9 @@ def test_preload_loads_at_start(tmp_path: Path) -> None:
 
 def test_load_and_unload_by_api(tmp_path: Path) -> None:
     with running(tmp_path, {"org/m": fake_model()}) as proxy:
-        loaded = requests.post(f"{proxy.url}/api/models/org/m/load", timeout=30)
+        loaded = proxy.post("/api/models/org/m/load", timeout_s=30)
         assert (loaded.status_code, loaded.json()["status"]) == (200, "ready")
-        unloaded = requests.post(f"{proxy.url}/api/models/org/m/unload", timeout=30)
+        unloaded = proxy.post("/api/models/org/m/unload", timeout_s=30)
         assert (unloaded.status_code, unloaded.json()["status"]) == (200, "unloaded")
         assert proxy.llama_servers() == []
 
@@ -198,7 +199,7 @@ def test_load_and_unload_by_api(tmp_path: Path) -> None:
 def test_unloading_waits_for_requests_in_flight(tmp_path: Path) -> None:
     with running(tmp_path, {"m": fake_model()}) as proxy, ThreadPoolExecutor(1) as pool:
         stream = Streaming(proxy, "m", chunks=60)
-        done = pool.submit(requests.post, f"{proxy.url}/api/models/m/unload", timeout=30)
+        done = pool.submit(proxy.post, "/api/models/m/unload", timeout_s=30)
         wait_state(proxy, "m", "draining")
         assert [line for line in stream.lines if line][-1] == b"data: [DONE]"
         assert done.result().status_code == 200
@@ -207,7 +208,7 @@ def test_unloading_waits_for_requests_in_flight(tmp_path: Path) -> None:
 def test_a_server_that_ignores_term_is_killed_in_the_end(tmp_path: Path) -> None:
     with running(tmp_path, {"m": fake_model(ignore_term=2)}) as proxy:
         assert proxy.chat("m").status_code == 200
-        requests.post(f"{proxy.url}/api/models/m/unload", timeout=30)
+        proxy.post("/api/models/m/unload", timeout_s=30)
         assert "killed" in proxy.rows("SELECT reason FROM servers")[0]["reason"]
         assert proxy.llama_servers() == []
 
@@ -423,7 +424,7 @@ def test_errors_are_those_of_the_contract(tmp_path: Path) -> None:
             (requests.post(chat, data=b"x" * (2 << 20), timeout=9), 413, "request_too_large"),
             (requests.get(f"{proxy.url}/nope", timeout=9), 404, "not_found"),
             (requests.get(f"{proxy.url}/upstream/zzz/props", timeout=9), 404, "model_not_found"),
-            (requests.post(f"{proxy.url}/api/models/model-a/x", timeout=9), 404, "not_found"),
+            (proxy.post("/api/models/model-a/x", timeout_s=9), 404, "not_found"),
         ]
         for answer, status, code in cases:
             assert (answer.status_code, code_of(answer)) == (status, code)
@@ -432,9 +433,9 @@ def test_errors_are_those_of_the_contract(tmp_path: Path) -> None:
         assert missing["path"] not in proxy.log()
 
 
-def test_pages_of_other_origins_may_read_our_own_answers(tmp_path: Path) -> None:
-    origin = {"Origin": "https://page.example"}
-    with running(tmp_path, {"m": fake_model()}) as proxy:
+def test_pages_of_allowed_origins_may_read_our_own_answers(tmp_path: Path) -> None:
+    origin = {"Origin": PAGE}
+    with running(tmp_path, {"m": fake_model()}, allowed_origins=[PAGE]) as proxy:
         for method, path in (("GET", "/v1/models"), ("OPTIONS", "/v1/models"), ("GET", "/nope")):
             answer = requests.request(method, proxy.url + path, headers=origin, timeout=9)
             assert answer.headers["Access-Control-Allow-Origin"] == origin["Origin"]
@@ -503,8 +504,8 @@ def test_health_answers_while_every_thread_would_wait_for_a_load(tmp_path: Path)
 
 def test_health_answers_while_operators_wait_for_loads(tmp_path: Path) -> None:
     with running(tmp_path, {"m": fake_model(silent_load=1)}) as proxy:
-        url = f"{proxy.url}/api/models/m/load"
-        threads = [threading.Thread(target=requests.post, args=(url,)) for _ in range(40)]
+        load = ("/api/models/m/load",)
+        threads = [threading.Thread(target=proxy.post, args=load) for _ in range(40)]
         for thread in threads:
             thread.start()
         wait_until(lambda: len(proxy.rows("SELECT 1 FROM demands")) == 40, what="all wait")
@@ -519,7 +520,7 @@ def test_a_stop_lets_streams_finish_and_sends_away_who_waits(tmp_path: Path) -> 
     with running(tmp_path, models) as proxy, ThreadPoolExecutor(2) as pool:
         stream = Streaming(proxy, "m", chunks=100)
         waiting = pool.submit(proxy.chat, "slow")
-        asked = pool.submit(requests.post, f"{proxy.url}/api/models/slow/load")
+        asked = pool.submit(proxy.post, "/api/models/slow/load")
         wait_until(lambda: len(proxy.rows("SELECT 1 FROM demands")) == 2, what="both wait")
         assert proxy.process
         proxy.process.terminate()

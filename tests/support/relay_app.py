@@ -21,10 +21,12 @@ from smartproxy.catalog.catalog import Catalog, ModelSpec, build_catalog
 from smartproxy.config.settings import ModelSettings, Settings
 from smartproxy.errors import from_code
 from smartproxy.proxy import routes
-from smartproxy.proxy.app import handle_errors
+from smartproxy.proxy.app import handle_errors, mind_browsers
+from smartproxy.proxy.browsers import Browsers
 from smartproxy.proxy.inference import Incoming, job_for
 from smartproxy.proxy.relay.relay import Job, Lease
 from smartproxy.proxy.worker.plain import Application
+from tests.support.wire import HOSTS, PAGE
 
 LOOK_EVERY_S = 0.005
 
@@ -86,11 +88,14 @@ def create_app() -> Application:
     settings = Settings(
         models={"any": ModelSettings(path=Path("any.gguf"))},
         max_body_mb=1000,
+        allowed_hosts=HOSTS,
+        allowed_origins=(PAGE,),
         request_timeout=float(os.environ.get("RELAY_TEST_REQUEST_TIMEOUT_S", "30")),
         sse_wait_comment_after=float(os.environ.get("RELAY_TEST_COMMENT_AFTER_S", "30")),
     )
 
     broker, catalog = PortBroker(), cast(Catalog, PortCatalog(settings))
+    browsers = Browsers(settings)
 
     @app.get("/health")
     def health() -> Response:
@@ -98,18 +103,20 @@ def create_app() -> Application:
         return jsonify(held=held, pid=os.getpid(), **broker.counts)
 
     def decide(incoming: Incoming) -> Job:
-        return job_for(incoming, settings, catalog, None)
+        return job_for(incoming, settings, catalog, browsers, on_settled=None)
 
     def decide_plain(incoming: Incoming) -> Job:
         broker.counts["plain"] += 1
         return decide(incoming)
 
-    app.register_blueprint(routes.blueprint(decide, broker, lambda status: None))
-    handle_errors(app, settings)
+    app.register_blueprint(routes.blueprint(decide, broker, browsers, lambda status: None))
+    mind_browsers(app, browsers)
+    handle_errors(app, settings, browsers)
     return Application(
         wsgi=app,
         broker=broker,
         decide=decide_plain,
+        browsers=browsers,
         on_refused=lambda status: None,
         paths=AllPaths() if "RELAY_TEST_PLAIN" in os.environ else (),
     )

@@ -20,6 +20,7 @@ from smartproxy.lifetime import owned_processes
 from tests.support.fakes.running import STAND_IN
 from tests.support.paths import ROOT
 from tests.support.ports import free_pool, free_port
+from tests.support.wire import HOSTS
 
 REAL_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEADLINE_S = 60.0
@@ -67,7 +68,7 @@ class Proxy:
         self.state_dir = folder / "state"
         self.log_path = folder / "serve.log"
         self.config_path = folder / "config.json"
-        config: dict[str, Any] = {"models": models, "server_pool": pool}
+        config: dict[str, Any] = {"models": models, "server_pool": pool, "allowed_hosts": HOSTS}
         if not real:
             config["llama_server"] = str(STAND_IN)
         self.config_path.write_text(json.dumps({**config, **settings}))
@@ -116,6 +117,13 @@ class Proxy:
             stream=stream,
             timeout=180,
         )
+
+    def post(self, path: str, key: str | None = None, timeout_s: float = 60) -> requests.Response:
+        """Ask for an operation (`/api/...`), as a program does and no page of the web can."""
+        headers = {"Content-Type": "application/json"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        return requests.post(self.url + path, headers=headers, timeout=timeout_s)
 
     def rows(self, sql: str) -> list[dict[str, Any]]:
         """Read the state file as a person would."""

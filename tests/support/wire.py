@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 TIMEOUT_S = 20.0
+#: what the tests call a proxy by on a bare socket
+HOSTS = ("p", "q", "x", "proxy")
+#: a page's origin that the tests' proxies allow
+PAGE = "https://page.example"
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,14 @@ class Client:
             self.write(LAST_CHUNK)
         self.finish()
 
-    def fail(self, error: SmartProxyError, *, torn: bool, origin: bytes) -> None:
+    def fail(self, error: SmartProxyError, *, torn: bool, reader: bytes) -> None:
         """Say what went wrong in whatever way is still possible.
 
-        origin: of the page that asked, or nothing.
+        reader: the origin whose pages may read it, or nothing.
         torn: the last bytes ended inside a chunk, so nothing can be put behind them.
         """
         if not self.began:
-            self.answer(error_answer(error, origin))
+            self.answer(error_answer(error, reader))
         elif self.is_event_stream and not torn and self.framing is not Framing.LENGTH:
             # The blank line ends an event that the server may have left half sent.
             self.write_event(b"\n\ndata: " + orjson.dumps(openai_body(error)) + b"\n\n")

@@ -54,12 +54,12 @@ def way_of(environ: dict[str, Any]) -> Way:
 
 
 def redirect_head(
-    *, server_id: int, host: str, port: int, api_key: str | None, target: str
+    *, server_id: int, host: str, port: int, api_key: str | None, target: str, reader: bytes
 ) -> AnswerHead:
     """Return the answer, of no body, that makes nginx send the request to a server.
 
-    It carries no Content-Type: nginx would put it on the server's answer (facts-datapath.md, trap
-    2).
+    reader: the origin whose pages may read the server's answer, or nothing. The head carries no
+    Content-Type: nginx would put it on the server's answer (facts-datapath.md, trap 2).
     """
     headers = [
         (b"X-Accel-Redirect", LOCATION),
@@ -68,6 +68,8 @@ def redirect_head(
         (b"X-Smartproxy-Server", b"%d" % server_id),
         (b"Content-Length", b"0"),
     ]
+    if reader:
+        headers.append((b"X-Smartproxy-Reader", reader))
     if api_key:
         headers.append((b"X-Smartproxy-Authorization", b"Bearer " + api_key.encode("latin-1")))
     return AnswerHead(

@@ -182,6 +182,7 @@ class Request:
                 port=lease.port,
                 api_key=lease.api_key,
                 target=self.job.target,
+                reader=self.job.reader,
             )
         )
         self.client.write(b"")
@@ -209,7 +210,7 @@ class Request:
             logger.error("relaying to %r failed", self.job.model_id, exc_info=error)
             error = SmartProxyError("the relay failed; the log says why")
         torn = self._exchange is not None and self._exchange.torn
-        self.client.fail(error, torn=torn, origin=self.job.origin)
+        self.client.fail(error, torn=torn, reader=self.job.reader)
 
 
 class Comments:
@@ -228,7 +229,7 @@ class Comments:
 
     def _comment(self) -> None:
         if not self._client.began:
-            self._client.begin(event_stream_head(self._job.origin))
+            self._client.begin(event_stream_head(self._job.reader))
         waited_s = self._loop.time() - self._since
         self._client.write_event(b": waiting for the model, %d s so far\n\n" % waited_s)
         self._timer = self._loop.call_later(self._every_s, self._comment)

@@ -27,7 +27,7 @@ from smartproxy.proxy.wire.heads import (
     parse_head,
     request_bytes,
 )
-from smartproxy.proxy.wire.own_answers import origin_of
+from smartproxy.proxy.wire.own_answers import opened
 from smartproxy.proxy.wire.poller import running_loop
 
 #: up to this a body is joined to its head, which saves a system call; beyond, a copy
@@ -61,11 +61,8 @@ class Job:
     sse_wait_comment_after_s: float
     #: told at the end the model and the status its client got; 0: it left before, None: nginx knows
     on_settled: Callable[[str, int | None], None] | None = None
-
-    @property
-    def origin(self) -> bytes:
-        """Return the origin of the page that asks, or nothing."""
-        return origin_of(self.headers)
+    #: the origin whose pages may read the answer, `*`, or nothing for nobody
+    reader: bytes = b""
 
 
 class Exchange:
@@ -181,7 +178,7 @@ class Exchange:
     def _begin(self, head: AnswerHead) -> Body:
         client = self._client
         if not client.began:
-            client.begin(head)
+            client.begin(opened(head, self._job.reader))
             self.answered = True
             return body_for(head, client.framing)
         # The client waits with an event stream open: a stream goes on in it, all else becomes an

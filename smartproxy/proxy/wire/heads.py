@@ -41,6 +41,8 @@ HOP_BY_HOP = frozenset(
 REPLACED = frozenset({b"host", b"content-length", b"expect", b"authorization", b"x-api-key"})
 #: what only we and our nginx may say
 INTERNAL_PREFIXES = (b"x-smartproxy-", b"x-accel-")
+#: what only we may say in an answer: a server opens itself to every page
+OURS_IN_ANSWERS = (*INTERNAL_PREFIXES, b"access-control-")
 
 
 class BadAnswer(Exception):
@@ -139,7 +141,7 @@ def parse_head(data: bytes, method: str) -> AnswerHead:
         value = value.strip(b" \t")
         if not colon or not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
             raise BadAnswer(f"bad header line {line[:80]!r}")
-        if not name.lower().startswith(INTERNAL_PREFIXES):  # a server does not speak in our name
+        if not name.lower().startswith(OURS_IN_ANSWERS):  # a server does not speak in our name
             headers.append((name, value))
     status = int(status_line[1])
     framing, length = _framing(status, method, headers)

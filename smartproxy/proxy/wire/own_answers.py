@@ -6,14 +6,13 @@ browser could read a refusal of Flask's and not the same refusal of the relay's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 
 import orjson
 
 from smartproxy.errors import SmartProxyError, openai_body
-from smartproxy.proxy.wire.heads import AnswerHead, Framing, header
+from smartproxy.proxy.wire.heads import AnswerHead, Framing
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -38,17 +37,21 @@ class OwnAnswer:
         )
 
 
-def origin_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the origin of the page that asks, or nothing."""
-    return header(headers, b"origin")
+def cross_origin(reader: bytes) -> Headers:
+    """Return what lets pages read an answer. reader: their origin, `*`, or nothing for nobody."""
+    if not reader:
+        return ()
+    return ((b"Access-Control-Allow-Origin", reader), (b"Vary", b"Origin"))
 
 
-def cross_origin(origin: bytes) -> Headers:
-    """Return what lets a page of this origin read an answer, as it can read llama-server's."""
-    return ((b"Access-Control-Allow-Origin", origin or b"*"),)
+def opened(head: AnswerHead, reader: bytes) -> AnswerHead:
+    """Return a server's head with what lets pages read the answer."""
+    if not reader:
+        return head
+    return replace(head, headers=(*head.headers, *cross_origin(reader)))
 
 
-def error_answer(error: SmartProxyError, origin: bytes, *, status: int | None = None) -> OwnAnswer:
+def error_answer(error: SmartProxyError, reader: bytes, *, status: int | None = None) -> OwnAnswer:
     """Return an error in OpenAI's shape; its X-Smartproxy-Error tells ours from a server's.
 
     status: where it is another than the error's.
@@ -56,7 +59,7 @@ def error_answer(error: SmartProxyError, origin: bytes, *, status: int | None = 
     headers = [
         (b"Content-Type", b"application/json"),
         (b"X-Smartproxy-Error", error.code.encode()),
-        *cross_origin(origin),
+        *cross_origin(reader),
     ]
     if error.retry_after_s is not None:
         headers.append((b"Retry-After", b"%d" % error.retry_after_s))
@@ -67,7 +70,7 @@ def error_answer(error: SmartProxyError, origin: bytes, *, status: int | None = 
     )
 
 
-def event_stream_head(origin: bytes) -> AnswerHead:
+def event_stream_head(reader: bytes) -> AnswerHead:
     """Return the head of a stream that begins before its server has answered."""
     return AnswerHead(
         status=200,
@@ -75,23 +78,27 @@ def event_stream_head(origin: bytes) -> AnswerHead:
         headers=(
             (b"Content-Type", b"text/event-stream"),
             (b"Cache-Control", b"no-cache"),
-            *cross_origin(origin),
+            *cross_origin(reader),
         ),
         framing=Framing.CHUNKED,
         is_event_stream=True,
     )
 
 
-def preflight(origin: bytes) -> OwnAnswer:
-    """Answer a browser's CORS preflight as llama-server does: it never carries a body or a key."""
+def preflight(reader: bytes) -> OwnAnswer:
+    """Answer a browser's CORS preflight, which never carries a body or a key.
+
+    No credentials: those a browser would add by itself are a front server's, not ours. `*` does not
+    cover Authorization, so it is named.
+    """
+    allowed: Headers = ()
+    if reader:
+        allowed = (
+            *cross_origin(reader),
+            (b"Access-Control-Allow-Methods", b"GET, POST, PUT, PATCH, DELETE, OPTIONS"),
+            (b"Access-Control-Allow-Headers", b"*, Authorization"),
+            (b"Access-Control-Allow-Private-Network", b"true"),
+        )
     return OwnAnswer(
-        status=200,
-        headers=(
-            (b"Content-Type", b"text/html; charset=utf-8"),
-            *cross_origin(origin),
-            (b"Access-Control-Allow-Credentials", b"true"),
-            (b"Access-Control-Allow-Methods", b"GET, POST, DELETE, OPTIONS"),
-            (b"Access-Control-Allow-Headers", b"*"),
-        ),
-        body=b"",
+        status=200, headers=((b"Content-Type", b"text/html; charset=utf-8"), *allowed), body=b""
     )

@@ -31,7 +31,7 @@ from smartproxy.proxy.wire.heads import (
     header_bytes,
 )
 from smartproxy.proxy.wire.own_answers import error_answer
-from smartproxy.proxy.worker.inbox import Connection, Reception, origin_in
+from smartproxy.proxy.worker.inbox import Connection, Reception, origin_in, path_in
 from smartproxy.proxy.worker.plain import Application
 
 #: for a client to go on with what it is sending, while a thread waits
@@ -168,13 +168,13 @@ class ApplicationWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self.log.warning("Invalid request from %s: %s", conn.peer, error)
             status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 400)
             refusal = BadRequest(f"not a request that can be answered: {error}")
-            return _refusal(reception, refusal, status)
+            return self._refusal(reception, refusal, status)
         except OSError as error:
             self.log.debug("Ignored a broken connection. %s", error)
             return Outcome()
         except Exception as error:  # an application's fault ends its request alone
             self.log.exception("Error handling request %s", req and req.uri)
-            return _refusal(reception, SmartProxyError(type(error).__name__), 500)
+            return self._refusal(reception, SmartProxyError(type(error).__name__), 500)
         if body is None:
             outcome.left_over, whole = _rest(req, parser, source)
             outcome.keep_alive = outcome.keep_alive and whole
@@ -207,17 +207,24 @@ class ApplicationWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self.cfg.post_request(self, req, environ, response)
         return outcome
 
+    def reader(self, head: bytes | bytearray) -> bytes:
+        """Return the origin whose pages may read the answer to a head that nobody could parse."""
+        origin, application = origin_in(head), self.wsgi
+        if not origin or not isinstance(application, Application):
+            return b""
+        return application.browsers.reader(origin.decode("latin-1"), path_in(head))
+
+    def _refusal(self, reception: Reception, error: SmartProxyError, status: int) -> Outcome:
+        """Answer what the application never saw, or failed at; the connection ends with it."""
+        answer = error_answer(error, self.reader(reception.head), status=status)
+        head = client_head(answer.head, Framing.LENGTH, keep_alive=False)
+        return Outcome(data=head + answer.body)
+
     def log_access(self, outcome: Outcome) -> None:
         """Write the access log's line."""
         if self.log.access_log_enabled:
             took = datetime.now() - outcome.started_at  # noqa: DTZ005
             self.log.access(outcome.reply, outcome.req, outcome.environ, took)
-
-
-def _refusal(reception: Reception, error: SmartProxyError, status: int) -> Outcome:
-    """Answer what the application never saw, or failed at; the connection ends with it."""
-    answer = error_answer(error, origin_in(reception.head), status=status)
-    return Outcome(data=client_head(answer.head, Framing.LENGTH, keep_alive=False) + answer.body)
 
 
 def _give_body(req: Any, body: bytes) -> None:

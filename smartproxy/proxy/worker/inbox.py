@@ -34,6 +34,12 @@ def origin_in(head: bytes | bytearray) -> bytes:
     return found[1].strip(b" \t") if found else b""
 
 
+def path_in(head: bytes | bytearray) -> str:
+    """Return a request's path as it stands in its head."""
+    target = head.split(b" ", 2)[1:2]
+    return target[0].partition(b"?")[0].decode("latin-1") if target else ""
+
+
 class Collected:
     """How many bytes all receptions of a worker hold together."""
 
@@ -65,6 +71,7 @@ class Reception:
         "_loop",
         "_on_gone",
         "_on_request",
+        "_reader",
         "_waits",
         "body",
         "channel",
@@ -80,8 +87,10 @@ class Reception:
         collected: Collected,
         on_request: Callable[[Reception], None],
         on_gone: Callable[[Reception], None],
+        reader: Callable[[bytes | bytearray], bytes],
     ) -> None:
-        """on_request: `head` and `body` are there to be taken."""
+        """on_request: `head` and `body` are there to be taken. reader: the origin whose pages may
+        read the answer to a head that nobody could parse."""
         self.conn = conn
         self.channel = Channel(loop, conn.sock, self._on_data, self._on_end)
         #: up to and with its blank line, or all there is where `body` is None
@@ -98,6 +107,7 @@ class Reception:
         self._body_bytes = 0
         self._on_request = on_request
         self._on_gone = on_gone
+        self._reader = reader
 
     def wait(self, read_ahead: bytes = b"") -> None:
         """Take the channel and wait for the next request; read_ahead: what came of it already."""
@@ -152,7 +162,7 @@ class Reception:
         return True
 
     def _refuse(self, error: SmartProxyError) -> None:
-        answer = error_answer(error, origin_in(self._buffer))
+        answer = error_answer(error, self._reader(self._buffer))
         head = client_head(answer.head, Framing.LENGTH, keep_alive=False)
         self.channel.write(head + answer.body)
 

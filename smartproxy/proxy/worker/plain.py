@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from smartproxy.proxy.browsers import Browsers
 from smartproxy.proxy.inference import INFERENCE_PATHS, Incoming
 from smartproxy.proxy.relay.relay import Broker
 from smartproxy.proxy.relay.upstream import Job
@@ -59,6 +60,7 @@ class Application:
     broker: Broker
     #: raises SmartProxyError
     decide: Callable[[Incoming], Job]
+    browsers: Browsers
     #: told the status of a refusal
     on_refused: Callable[[int], None]
     #: paths of POST requests that are always the relay's
@@ -70,8 +72,13 @@ class Application:
         return self.wsgi(environ, start_response)
 
 
-def incoming_of(plain: PlainRequest, body: bytes, paths: Container[str]) -> Incoming | None:
-    """Return a plain request as the decision sees it; None: it goes the other way."""
+def incoming_of(
+    plain: PlainRequest, body: bytes, paths: Container[str], *, behind_front: bool = False
+) -> Incoming | None:
+    """Return a plain request as the decision sees it; None: it goes the other way.
+
+    behind_front: it came on a unix socket.
+    """
     path = plain.path.decode("latin-1")
     if path not in paths or plain.fields.get(b"content-type", b"")[:10].lower() == b"multipart/":
         return None
@@ -80,7 +87,9 @@ def incoming_of(plain: PlainRequest, body: bytes, paths: Container[str]) -> Inco
         path=path,
         target=plain.target.decode("latin-1"),
         headers=plain.headers,
+        fields=plain.fields,
         body=body,
+        behind_front=behind_front,
     )
 
 

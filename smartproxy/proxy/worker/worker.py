@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -22,10 +23,10 @@ from smartproxy.errors import SmartProxyError
 from smartproxy.proxy.relay import nginx, relay
 from smartproxy.proxy.relay.relay import HandedOver, Request
 from smartproxy.proxy.relay.socket_client import SocketClient
-from smartproxy.proxy.wire.own_answers import error_answer, origin_of
+from smartproxy.proxy.wire.own_answers import error_answer
 from smartproxy.proxy.worker.application import STALL_S, ApplicationWorker, Outcome
 from smartproxy.proxy.worker.balance import Neighbours
-from smartproxy.proxy.worker.inbox import Collected, Connection, Reception
+from smartproxy.proxy.worker.inbox import Collected, Connection, Reception, path_in
 from smartproxy.proxy.worker.plain import MAX_BODY_BYTES as MAX_PLAIN_BODY_BYTES
 from smartproxy.proxy.worker.plain import Application, incoming_of, plain_request
 
@@ -164,7 +165,10 @@ class RelayWorker(ApplicationWorker):
         self._count(1)
         sock.setblocking(False)
         conn = Connection(sock=sock, peer=peer, server=listener.getsockname())
-        self._wait(Reception(self._loop, conn, self._collected, self._received, self._gone), b"")
+        reception = Reception(
+            self._loop, conn, self._collected, self._received, self._gone, self.reader
+        )
+        self._wait(reception, b"")
         if self.nr_conns >= self.cfg.worker_connections:
             self._accept_new(False)
 
@@ -195,7 +199,7 @@ class RelayWorker(ApplicationWorker):
         """A request is there (or a head whose body must be read from the socket)."""
         self._waiting.pop(reception, None)
         body, head = reception.body, reception.head
-        path = _path(head)
+        path = path_in(head)
         if body is not None:
             if self._plain and self._try_plain(self._plain, reception, body):
                 return
@@ -216,8 +220,12 @@ class RelayWorker(ApplicationWorker):
         if len(body) > MAX_PLAIN_BODY_BYTES:
             return False
         plain = plain_request(reception.head)
-        incoming = incoming_of(plain, body, application.paths) if plain else None
-        if plain is None or incoming is None:
+        if plain is None:
+            return False
+        family = reception.conn.sock.family
+        behind_front = family == socket.AF_UNIX
+        incoming = incoming_of(plain, body, application.paths, behind_front=behind_front)
+        if incoming is None:
             return False
         reception.body = None
         self.count_request()
@@ -231,12 +239,13 @@ class RelayWorker(ApplicationWorker):
             job = application.decide(incoming)
         except SmartProxyError as error:
             application.on_refused(error.http_status)
-            client.answer(error_answer(error, origin_of(incoming.headers)))
+            reader = application.browsers.reader(incoming.field("Origin"), incoming.path)
+            client.answer(error_answer(error, reader))
             return True
         way = nginx.way(
             data_plane=plain.field(b"x-smartproxy-data-plane"),
             retry=plain.field(b"x-smartproxy-retry"),
-            family=reception.conn.sock.family,
+            family=family,
         )
         self._relay.start_here(Request(job=job, broker=application.broker, client=client, way=way))
         return True
@@ -307,9 +316,3 @@ class RelayWorker(ApplicationWorker):
             self._wait(reception, left_over + client.read_ahead)
         else:
             self._forget()
-
-
-def _path(head: bytes) -> str:
-    """Return a request's path as it stands in its head."""
-    target = head.split(b" ", 2)[1:2]
-    return target[0].partition(b"?")[0].decode("latin-1") if target else ""
