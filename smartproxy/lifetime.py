@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
+from collections.abc import Sequence
 
 import psutil
 
@@ -30,6 +32,23 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != int(parent):  # it went before we could ask
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+#: a Python program: die with the process that the first argument names, become the others
+_TETHERED = """\
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def tethered(argv: Sequence[str]) -> list[str]:
+    """Return a command line that runs another one, which the kernel kills when we go.
+
+    More exactly: when the thread goes that starts it.
+    """
+    return [sys.executable, "-S", "-E", "-c", _TETHERED, str(os.getpid()), *argv]
 
 
 def started_at(pid: int) -> float | None:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
+import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from smartproxy.catalog.catalog import ModelSpec
+from smartproxy.lifetime import tethered
 from smartproxy.llama.binary import Binary, child_environment
 from smartproxy.llama.command import device_flags, memory_flags
 from smartproxy.memory.types import EstimateOptions
@@ -20,6 +24,8 @@ from smartproxy.types import MIB
 
 NAME = "llama-fit-params"
 DEADLINE_S = 60.0
+#: how soon the end of the manager ends it
+LOOK_EVERY_S = 0.02
 #: "CUDA0 4685 1024 258": weights, caches, graph, each rounded down
 _LINE = re.compile(r"^(\w+) (\d+) (\d+) (\d+)\s*$", re.M)
 _ROUNDING_BYTES = 3 * MIB
@@ -36,11 +42,15 @@ def is_there(binary: Binary) -> bool:
 
 
 def device_bytes(
-    binary: Binary, spec: ModelSpec, placement: Placement, options: EstimateOptions
+    binary: Binary,
+    spec: ModelSpec,
+    placement: Placement,
+    options: EstimateOptions,
+    stopping: threading.Event,
 ) -> tuple[int, ...]:
     """Return bytes per device of a placement, the host last. Blocks up to 2 minutes.
 
-    Raises NoAnswer.
+    stopping: ends the tool and the wait for it. Raises NoAnswer.
     """
     flags = [
         *("--ctx-size", str(placement.layout.context_size), "--parallel", str(spec.parallel)),
@@ -53,33 +63,54 @@ def device_bytes(
     env["CUDA_VISIBLE_DEVICES"] = ",".join(share.uuid for share in placement.gpus)
     env.update(spec.env)
     tool = binary.path.parent / NAME
-    known = set(_HELP_FLAG.findall(_run(tool, env, ["--help"])))
-    said = _run(tool, env, ["--model", str(spec.path), *_only(known, flags), "--fit-print", "on"])
+    known = set(_HELP_FLAG.findall(_run(tool, env, ["--help"], stopping)))
+    arguments = ["--model", str(spec.path), *_only(known, flags), "--fit-print", "on"]
+    said = _run(tool, env, arguments, stopping)
     sizes = [sum(map(int, parts)) * MIB + _ROUNDING_BYTES for _, *parts in _LINE.findall(said)]
     if len(sizes) != len(placement.gpus) + 1:
         raise NoAnswer(f"{NAME} told nothing of use: {said[-500:]}")
     return tuple(sizes)
 
 
-def _run(tool: Path, env: dict[str, str], arguments: Iterable[str]) -> str:
+def _run(
+    tool: Path, env: dict[str, str], arguments: Iterable[str], stopping: threading.Event
+) -> str:
     try:
-        done = subprocess.run(
-            [str(tool), *arguments],
+        process = subprocess.Popen(
+            tethered([str(tool), *arguments]),
             env=env,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=DEADLINE_S,
-            check=False,
+            start_new_session=True,
         )
-    except (OSError, subprocess.SubprocessError) as error:
+    except OSError as error:
         raise NoAnswer(f"{NAME} could not be asked: {error}") from None
-    if done.returncode:
+    with process:
+        try:
+            said, complaint = _outputs(process, stopping)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            why = "the manager ends" if stopping.is_set() else f"no answer within {DEADLINE_S:g} s"
+            raise NoAnswer(f"{NAME} was ended: {why}") from None
+    if process.returncode:
         raise NoAnswer(
-            f"{NAME} could not be asked: exit code {done.returncode}: {done.stderr[-300:]}"
+            f"{NAME} could not be asked: exit code {process.returncode}: {complaint[-300:]}"
         )
-    return done.stdout
+    return said
+
+
+def _outputs(process: subprocess.Popen[str], stopping: threading.Event) -> tuple[str, str]:
+    """Return what it wrote. Raises TimeoutExpired at the deadline, and when the manager ends."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            return process.communicate(timeout=LOOK_EVERY_S)
+        except subprocess.TimeoutExpired:
+            if stopping.is_set() or time.monotonic() > deadline:
+                raise
 
 
 def _only(known: set[str], flags: list[str]) -> list[str]:

@@ -180,9 +180,10 @@ def _serve(manager: Manager, doorbell: Doorbell) -> int:
         closed = watcher.close()
     if not closed:
         logger.warning("a call to NVML hangs: leaving without waiting for it")
-        logging.shutdown()
-        os._exit(code)  # else Python waits for the thread that is in it
-    return code
+    logging.shutdown()
+    # Python would wait for every thread: one that hangs in a driver or a file system, or that
+    # waits for what comes no more
+    os._exit(code)
 
 
 def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:

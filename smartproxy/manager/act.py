@@ -7,12 +7,24 @@ import logging
 import secrets
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from smartproxy.errors import LoadFailed, SmartProxyError, StateRefused, UpstreamError
-from smartproxy.llama import log
-from smartproxy.manager.bring_down import Ending, drain, on_server, take_down
+from smartproxy.errors import (
+    LoadFailed,
+    SmartProxyError,
+    StateError,
+    StateRefused,
+)
+from smartproxy.llama import process
+from smartproxy.manager.adopt import carry_on
+from smartproxy.manager.bring_down import (
+    Draining,
+    begin_drain,
+    notice_exits,
+    on_server,
+    stop_starting,
+    take_from_drain,
+)
 from smartproxy.manager.bring_up import Loading, argv_of, bring_up, free_port
 from smartproxy.manager.context import Tools
 from smartproxy.manager.served import loaded_of, options_key, settings_key
@@ -27,6 +39,9 @@ from smartproxy.state.server_row import NewServer
 from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
+
+#: how often a full stop looks at what is left
+STOP_LOOK_EVERY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +182,7 @@ def evict(loading: Loading, eviction: Evict, decided: Decided, now: float) -> No
     if row.state != ServerState.READY:
         return
     how = Draining(only_if_idle=not eviction.drains_busy, data=decided.data())
-    if not _drain(loading, row.id, eviction.reason, how, now=now):
+    if not begin_drain(loading, row.id, eviction.reason, how, now=now):
         return
     if eviction.for_model_id == eviction.model_id:
         loading.shortages.preload.add(eviction.model_id)
@@ -175,107 +190,45 @@ def evict(loading: Loading, eviction: Evict, decided: Decided, now: float) -> No
         counts.add_eviction(tools.store, eviction.model_id)
 
 
-def unload(
-    ending: Ending, model_id: str, reason: str, now: float, *, only_if_idle: bool = False
-) -> None:
-    """Bring a model's server down in order, whatever state it is in."""
-    for row in server_rows.live_servers(ending.tools.store):
-        if row.model_id != model_id:
-            continue
-        if row.state == ServerState.READY:
-            _drain(ending, row.id, reason, Draining(only_if_idle=only_if_idle), now=now)
-        elif row.state == ServerState.STARTING:
-            stop_starting(ending, row.id, reason, now)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draining:
-    """How a server is drained."""
-
-    #: what turns out to be in use is kept
-    only_if_idle: bool
-    #: for its event
-    data: dict[str, float] | None = None
-
-
-def _drain(ending: Ending, server_id: int, reason: str, how: Draining, *, now: float) -> bool:
-    """Return whether it was ready, and now drains."""
-    moved = server_rows.transition(
-        ending.tools.store,
-        server_id,
-        ServerState.READY,
-        ServerState.DRAINING,
-        now=now,
-        reason=reason,
-        data=how.data,
-    )
-    if moved:
-        on_server(ending, server_id, partial(drain, only_if_idle=how.only_if_idle))
-    return moved
-
-
-def stop_starting(ending: Ending, server_id: int, reason: str, now: float) -> None:
-    """Stop a server that is not ready yet."""
-    if server_rows.transition(
-        ending.tools.store,
-        server_id,
-        ServerState.STARTING,
-        ServerState.STOPPING,
-        now=now,
-        reason=reason,
-    ):
-        on_server(ending, server_id, take_down)
-
-
-def notice_exits(ending: Ending, now: float) -> None:
-    """Carry servers whose process is gone to failed; starting ones are seen by their thread."""
-    for row in server_rows.live_servers(ending.tools.store):
-        child = ending.children.get(row.id)
-        state = row.state
-        if state not in (ServerState.READY, ServerState.DRAINING) or (child and child.alive()):
-            continue
-        ending.lingering.note_end(row.id, now)
-        exit_code = child.exit_code() if child else None
-        why = log.explain_exit(exit_code, log.tail(Path(row.log_path)))
-        message = f"model '{row.model_id}': its llama-server {why}"
-        server_rows.transition(
-            ending.tools.store,
-            row.id,
-            state,
-            ServerState.FAILED,
-            now=now,
-            reason=message,
-            error_code=UpstreamError.code,
-            error_message=message,
-            exit_code=exit_code,
-        )
-        ending.children.take(row.id)
-
-
-def stop_all(ending: Ending, *, grace_s: float, deadline_s: float) -> None:
+def stop_all(loading: Loading, *, grace_s: float, deadline_s: float) -> None:
     """End every server: what a full stop does. Blocks until all have ended.
 
     Requests in flight may finish for grace_s seconds; deadline_s is for the ending after that.
+    What is left then is killed, whatever the state file says.
     """
-    reason = "the proxy is being stopped"
-    now = time.time()
-    for row in server_rows.live_servers(ending.tools.store):
-        unload(ending, row.model_id, reason, now)
-    _until_none_live(ending, grace_s)
-    for row in server_rows.live_servers(ending.tools.store):
-        if server_rows.transition(
-            ending.tools.store,
-            row.id,
-            ServerState.DRAINING,
-            ServerState.STOPPING,
-            now=time.time(),
-            reason=f"{reason}; requests were still running after {grace_s:g} s",
-        ):
-            on_server(ending, row.id, take_down)
-    _until_none_live(ending, deadline_s)
+    began = time.monotonic()
+    loading.children.close()
+    told = False
+    while (passed_s := time.monotonic() - began) < grace_s + deadline_s:
+        try:
+            if not _end_more(loading, grace_s=grace_s, passed_s=passed_s):
+                return
+        except StateError as error:
+            if not told:
+                logger.error("servers can't be ended in order, trying on: %s", error)
+            told = True
+            if passed_s > grace_s:
+                break
+        time.sleep(STOP_LOOK_EVERY_S)
+    for server_id, child in loading.children.snapshot().items():
+        logger.error("server %d, pid %d, did not end in time: killed", server_id, child.pid)
+        process.kill(child)
 
 
-def _until_none_live(ending: Ending, within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while server_rows.live_servers(ending.tools.store) and time.monotonic() < deadline:
-        time.sleep(0.02)
+def _end_more(loading: Loading, *, grace_s: float, passed_s: float) -> bool:
+    """Ask once more what does not end yet; a row whose thread has died gets another.
+
+    Returns whether anything is left.
+    """
+    store, now, reason = loading.tools.store, time.time(), "the proxy is being stopped"
+    notice_exits(loading, now)
+    for row in server_rows.live_servers(store):
+        if row.state == ServerState.READY:
+            begin_drain(loading, row.id, reason, Draining(only_if_idle=False), now=now)
+        elif row.state == ServerState.STARTING:
+            stop_starting(loading, row.id, reason, now)
+        elif row.state == ServerState.DRAINING and passed_s > grace_s:
+            why = f"{reason}; requests were still running after {grace_s:g} s"
+            take_from_drain(loading, row.id, why, now)
+    carry_on(loading)
+    return bool(server_rows.live_servers(store)) or loading.children.are_left()

@@ -17,7 +17,7 @@ from smartproxy.lifetime import OWNER_VARIABLE, owned_processes
 from smartproxy.llama import process
 from smartproxy.llama.command import read_command
 from smartproxy.manager import measure
-from smartproxy.manager.bring_down import drain, on_server, take_down
+from smartproxy.manager.bring_down import Ending, drain, on_server, take_down
 from smartproxy.manager.bring_up import Loading, resume
 from smartproxy.manager.context import Tools, in_thread
 from smartproxy.state import servers as server_rows
@@ -52,17 +52,40 @@ def carry_on(loading: Loading) -> None:
 
     The thread ended with an error: the state file could not be written for a while, say.
     """
-    for row in server_rows.live_servers(loading.tools.store):
+    live = server_rows.live_servers(loading.tools.store)
+    for row in live:
         if row.state == ServerState.READY or loading.children.is_carried(row.id):
             continue
         logger.warning("server %d (%s) is %s: carrying it on", row.id, row.model_id, row.state)
         child = loading.children.get(row.id)
         if child is not None and child.alive():
+            if row.pid != child.pid:
+                server_rows.update_server(
+                    loading.tools.store, row.id, pid=child.pid, pid_started_at=child.started_at
+                )
             _go_on(loading, row)
         else:
             loading.children.take(row.id)
             loading.lingering.note_end(row.id, time.time())
             _settle_dead(loading.tools, row, "it ended, and the state file could not be written")
+    _end_rowless(loading, {row.id for row in live})
+
+
+def _end_rowless(loading: Loading, live_ids: set[int]) -> None:
+    """End processes whose row has ended: it was stopped while the process was being started."""
+    for server_id, child in loading.children.snapshot().items():
+        if server_id not in live_ids and not loading.children.is_carried(server_id):
+            logger.warning(
+                "server %d has ended, its process %d not: ending it", server_id, child.pid
+            )
+            on_server(loading, server_id, _end_process)
+
+
+def _end_process(ending: Ending, server_id: int) -> None:
+    child = ending.children.get(server_id)
+    if child is not None:
+        process.stop(child)
+        ending.children.take(server_id)
 
 
 def _go_on(loading: Loading, row: LiveServer) -> None:

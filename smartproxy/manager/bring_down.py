@@ -1,6 +1,7 @@
-"""End servers in order: wait until nothing is in flight, stop the process, say so. In threads.
+"""End servers in order: wait until nothing is in flight, stop the process, say so.
 
-Input: a row in state draining or stopping. Output: the row in stopped.
+Input: a row in state draining or stopping. Output: the row in stopped. `drain` and `take_down` run
+in threads; what begins them is the main loop's, as is to notice the ends that nobody wanted.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from smartproxy.llama import process
+from smartproxy.errors import UpstreamError
+from smartproxy.llama import log, process
 from smartproxy.llama.http import slots_busy
 from smartproxy.manager.children import Children
 from smartproxy.manager.context import Tools, in_thread
@@ -115,3 +119,93 @@ def take_down(ending: Ending, server_id: int, grace_s: float = process.TERM_GRAC
     )
     ending.children.take(server_id)
     ending.tools.poke()
+
+
+def unload(
+    ending: Ending, model_id: str, reason: str, now: float, *, only_if_idle: bool = False
+) -> None:
+    """Bring a model's server down in order, whatever state it is in."""
+    for row in server_rows.live_servers(ending.tools.store):
+        if row.model_id != model_id:
+            continue
+        if row.state == ServerState.READY:
+            begin_drain(ending, row.id, reason, Draining(only_if_idle=only_if_idle), now=now)
+        elif row.state == ServerState.STARTING:
+            stop_starting(ending, row.id, reason, now)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draining:
+    """How a server is drained."""
+
+    #: what turns out to be in use is kept
+    only_if_idle: bool
+    #: for its event
+    data: dict[str, float] | None = None
+
+
+def begin_drain(ending: Ending, server_id: int, reason: str, how: Draining, *, now: float) -> bool:
+    """Return whether it was ready, and now drains."""
+    moved = server_rows.transition(
+        ending.tools.store,
+        server_id,
+        ServerState.READY,
+        ServerState.DRAINING,
+        now=now,
+        reason=reason,
+        data=how.data,
+    )
+    if moved:
+        on_server(ending, server_id, partial(drain, only_if_idle=how.only_if_idle))
+    return moved
+
+
+def stop_starting(ending: Ending, server_id: int, reason: str, now: float) -> None:
+    """Stop a server that is not ready yet."""
+    if server_rows.transition(
+        ending.tools.store,
+        server_id,
+        ServerState.STARTING,
+        ServerState.STOPPING,
+        now=now,
+        reason=reason,
+    ):
+        on_server(ending, server_id, take_down)
+
+
+def notice_exits(ending: Ending, now: float) -> None:
+    """Carry servers whose process is gone to failed; starting ones are seen by their thread."""
+    for row in server_rows.live_servers(ending.tools.store):
+        child = ending.children.get(row.id)
+        state = row.state
+        if state not in (ServerState.READY, ServerState.DRAINING) or (child and child.alive()):
+            continue
+        ending.lingering.note_end(row.id, now)
+        exit_code = child.exit_code() if child else None
+        why = log.explain_exit(exit_code, log.tail(Path(row.log_path)))
+        message = f"model '{row.model_id}': its llama-server {why}"
+        server_rows.transition(
+            ending.tools.store,
+            row.id,
+            state,
+            ServerState.FAILED,
+            now=now,
+            reason=message,
+            error_code=UpstreamError.code,
+            error_message=message,
+            exit_code=exit_code,
+        )
+        ending.children.take(row.id)
+
+
+def take_from_drain(ending: Ending, server_id: int, reason: str, now: float) -> None:
+    """End a draining server without waiting for its requests any longer."""
+    if server_rows.transition(
+        ending.tools.store,
+        server_id,
+        ServerState.DRAINING,
+        ServerState.STOPPING,
+        now=now,
+        reason=reason,
+    ):
+        on_server(ending, server_id, take_down)

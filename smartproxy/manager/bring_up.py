@@ -115,20 +115,19 @@ def _start_and_wait(
     tools, view = loading.tools, loading.view
     for left in reversed(range(PORT_TRIES)):
         row = server_rows.server(tools.store, server_id)
-        child = process.spawn(
-            argv_of(tools, view, spec, placement, port=row.port),
-            environment(
-                tools.binary,
-                spec,
-                placement,
-                environ=os.environ,
-                api_key=row.api_key,
-                state_dir=tools.settings.state_dir,
-                devices=_devices(tools, view, placement),
-            ),
-            Path(row.log_path),
+        argv = argv_of(tools, view, spec, placement, port=row.port)
+        env = environment(
+            tools.binary,
+            spec,
+            placement,
+            environ=os.environ,
+            api_key=row.api_key,
+            state_dir=tools.settings.state_dir,
+            devices=_devices(tools, view, placement),
         )
-        loading.children.add(server_id, child)
+        with loading.children.spawning():
+            child = process.spawn(argv, env, Path(row.log_path))
+            loading.children.add(server_id, child)
         server_rows.update_server(
             tools.store, server_id, pid=child.pid, pid_started_at=child.started_at
         )
@@ -289,10 +288,11 @@ def _out_of_memory(
 
 def _failed(loading: Loading, server_id: int, model_id: str, error: SmartProxyError) -> None:
     """Carry a server that would not start to failed; its process, if any, is ended first."""
-    child = loading.children.take(server_id)
+    child = loading.children.get(server_id)  # kept until it has ended: a full stop waits for it
     if child is not None:
         process.stop(child, grace_s=1.0)
         loading.lingering.note_end(server_id, time.time())
+        loading.children.take(server_id)
     # first, for once the row is no live one the next pass looks here for why not to start another
     before = loading.failures.add(model_id, error.code, str(error))
     moved = server_rows.transition(

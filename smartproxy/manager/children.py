@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from smartproxy.errors import ShuttingDown
 from smartproxy.llama.process import Child
 
 
@@ -17,6 +20,10 @@ class Children:
         self._by_server: dict[int, Child] = {}
         #: threads that carry a server from state to state; written under the lock, by begin and end
         self._carried: Counter[int] = Counter()
+        #: processes that are being started; written under the lock, by spawning
+        self._spawning = 0
+        #: no process is started any more; written under the lock, by close
+        self._closed = False
 
     def begin(self, server_id: int) -> None:
         """Say that a thread is about to carry a server on. Before the thread is started."""
@@ -34,6 +41,34 @@ class Children:
         """Return whether a thread carries a server on."""
         with self._lock:
             return server_id in self._carried
+
+    @contextmanager
+    def spawning(self) -> Iterator[None]:
+        """Hold this while a process is started and added. Raises ShuttingDown once closed."""
+        with self._lock:
+            if self._closed:
+                raise ShuttingDown("the proxy is being stopped")
+            self._spawning += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._spawning -= 1
+
+    def close(self) -> None:
+        """Let no process start from now on: a full stop has begun."""
+        with self._lock:
+            self._closed = True
+
+    def is_closed(self) -> bool:
+        """Return whether a full stop has begun."""
+        with self._lock:
+            return self._closed
+
+    def are_left(self) -> bool:
+        """Return whether there is any process, or one is being started."""
+        with self._lock:
+            return bool(self._by_server or self._spawning)
 
     def add(self, server_id: int, child: Child) -> None:
         """Remember the process of a server, in place of an earlier one."""

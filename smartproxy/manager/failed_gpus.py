@@ -11,8 +11,7 @@ from __future__ import annotations
 import time
 
 from smartproxy.gpus.types import Gpu
-from smartproxy.manager.act import stop_starting, unload
-from smartproxy.manager.bring_down import Ending, on_server, take_down
+from smartproxy.manager.bring_down import Ending, on_server, stop_starting, take_down, unload
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import assignments

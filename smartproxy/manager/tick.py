@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from smartproxy.manager.act import Decided, carry_out, notice_exits, unload
+from smartproxy.manager.act import Decided, carry_out
 from smartproxy.manager.adopt import carry_on
 from smartproxy.manager.answers import answer_plans, answer_settled
+from smartproxy.manager.bring_down import notice_exits, unload
 from smartproxy.manager.bring_up import Loading
 from smartproxy.manager.context import Tools
 from smartproxy.manager.failed_gpus import leave_failed_gpus

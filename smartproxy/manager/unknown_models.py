@@ -87,7 +87,9 @@ def _placement(spec: ModelSpec, loaded: Loaded, gpu: Gpu | None) -> Placement:
 def _ask(tools: Tools, spec: ModelSpec, placement: Placement, loaded: Loaded) -> None:
     began = time.monotonic()
     try:
-        sizes = fit_params.device_bytes(tools.binary, spec, placement, loaded.options)
+        sizes = fit_params.device_bytes(
+            tools.binary, spec, placement, loaded.options, tools.stopping
+        )
     except fit_params.NoAnswer as error:
         logger.warning("model '%s': %s", spec.id, error)
         return

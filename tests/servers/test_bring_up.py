@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -10,44 +9,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from smartproxy.catalog.catalog import build_catalog
-from smartproxy.config.load import load_settings
-from smartproxy.gpus.types import GpuSnapshot
 from smartproxy.lifetime import owned_processes
-from smartproxy.llama import binary
-from smartproxy.manager.__main__ import make_manager
-from smartproxy.manager.act import stop_all, unload
-from smartproxy.manager.bring_down import take_down
+from smartproxy.manager.act import stop_all
+from smartproxy.manager.bring_down import take_down, unload
 from smartproxy.manager.bring_up import free_port as free_port_of
-from smartproxy.manager.context import Tools
-from smartproxy.manager.tick import Manager, tick
+from smartproxy.manager.tick import tick
 from smartproxy.state import demands as demand_rows
-from smartproxy.state import migrate
 from smartproxy.state import servers as server_rows
 from smartproxy.types import ServerState
-from tests.support.running import Proxy, fake_model, free_port, wait_until
-
-
-def manager_of(folder: Path, threads: ThreadPoolExecutor, **settings_: Any) -> Manager:
-    settings = load_settings(Proxy(folder, {"m": fake_model()}, **settings_).config_path)
-    path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
-    state, _ = migrate.create(settings.state_dir / "state.db")
-    tools = Tools(
-        settings=settings,
-        catalog=build_catalog(settings),
-        store=state,
-        binary=binary.inspect(path, library_dir, os.environ),
-        threads=threads,
-        poke=lambda: None,
-        stopping=threading.Event(),
-    )
-    manager = make_manager(tools)
-    manager.loading.view.seen = GpuSnapshot(gpus=(), observed_at=time.time(), reason="none here")
-    return manager
+from tests.support.managers import manager_of
+from tests.support.running import free_port, wait_until
 
 
 def test_a_server_stopped_before_its_process_began_leaves_none_behind(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+import pytest
 import requests
 
 from smartproxy.lifetime import owned_processes
@@ -72,7 +74,8 @@ class Proxy:
         if not real:
             config["llama_server"] = str(STAND_IN)
         self.config_path.write_text(json.dumps({**config, **settings}))
-        self._env = {**os.environ, **(env or {})}
+        # a process that gets SIGABRT tells what each of its threads is at
+        self._env = {**os.environ, "PYTHONFAULTHANDLER": "1", **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Proxy:
@@ -92,11 +95,36 @@ class Proxy:
 
     def stop(self) -> None:
         """End it in order, and whatever a test left of it."""
+        late: list[str] = []
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            self.process.wait(60)
+            try:
+                self.process.wait(DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                late = self._end_late(self.process)
         for left in self.llama_servers():
             left.kill()
+        if late:
+            print(self.log()[-30_000:])
+            pytest.fail(f"`serve` did not end within {DEADLINE_S} s of SIGTERM; left: {late}")
+
+    def _end_late(self, serve: subprocess.Popen[bytes]) -> list[str]:
+        """Kill what is left of a proxy that does not end, and return it: pids and command lines.
+
+        Before, every process of ours writes the stack of each of its threads into the log.
+        """
+        family = [psutil.Process(serve.pid), *psutil.Process(serve.pid).children(recursive=True)]
+        left = []
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                left.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[:120]}")
+                process.send_signal(signal.SIGABRT)  # see PYTHONFAULTHANDLER
+        psutil.wait_procs(family, timeout=5)
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        serve.wait(10)
+        return left
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
