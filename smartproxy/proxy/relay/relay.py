@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import uvloop
 from flask import Response
 
 from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
@@ -24,7 +25,6 @@ from smartproxy.proxy.relay.nginx import Way
 from smartproxy.proxy.relay.upstream import ClientStalled, Exchange, Job, ServerDied
 from smartproxy.proxy.relay.wsgi_client import WsgiClient
 from smartproxy.proxy.wire.own_answers import event_stream_head
-from smartproxy.proxy.wire.poller import PollingLoop
 
 __all__ = [
     "Broker",
@@ -240,7 +240,7 @@ class RelayLoop:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.loop = PollingLoop()
+        self.loop = uvloop.new_event_loop()
         self._live: set[Request] = set()
 
     def start(self, request: Request) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.wire.channel import HIGH_WATER_BYTES, Channel, close_gently
 from smartproxy.proxy.wire.heads import AnswerHead, Framing, client_head
-from smartproxy.proxy.wire.poller import PollingLoop
 
 #: of a client's next request, read while it still gets this answer
 MAX_READ_AHEAD_BYTES = 65536
@@ -21,7 +20,7 @@ class SocketClient(Client):
 
     def __init__(
         self,
-        loop: PollingLoop,
+        loop: asyncio.AbstractEventLoop,
         channel: Channel,
         *,
         keep_alive: bool,

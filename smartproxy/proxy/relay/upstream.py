@@ -28,7 +28,6 @@ from smartproxy.proxy.wire.heads import (
     request_bytes,
 )
 from smartproxy.proxy.wire.own_answers import opened
-from smartproxy.proxy.wire.poller import running_loop
 
 #: up to this a body is joined to its head, which saves a system call; beyond, a copy
 JOIN_BYTES = 65536
@@ -77,7 +76,7 @@ class Exchange:
         self._api_key = api_key
         #: the client was given something of this server's answer
         self.answered = False
-        self._loop = running_loop()
+        self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._channel: Channel | None = None
         self._head = b""

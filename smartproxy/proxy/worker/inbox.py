@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
+from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ from smartproxy.errors import HeadTooLarge, SmartProxyError
 from smartproxy.proxy.wire.channel import Channel
 from smartproxy.proxy.wire.heads import Framing, client_head
 from smartproxy.proxy.wire.own_answers import error_answer
-from smartproxy.proxy.wire.poller import PollingLoop
 
 HEAD_END = b"\r\n\r\n"
 MAX_HEAD_BYTES = 65536
@@ -82,7 +82,7 @@ class Reception:
 
     def __init__(
         self,
-        loop: PollingLoop,
+        loop: AbstractEventLoop,
         conn: Connection,
         collected: Collected,
         on_request: Callable[[Reception], None],
