@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support import system_packages
 
@@ -25,7 +25,10 @@ MARKS_OF_FOLDERS = {
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 # by --hypothesis-profile; see tests/support/examples.py
-settings.register_profile("fast", max_examples=10)
+# how long a busy machine takes to make examples says nothing of the tests
+settings.register_profile("thorough", suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fast", settings.get_profile("thorough"), max_examples=10)
+settings.load_profile("thorough")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -21,7 +21,7 @@ from types import FrameType
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from smartproxy.catalog.catalog import build_catalog
+from smartproxy.catalog.live import Live
 from smartproxy.config.load import load_settings
 from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError, ShuttingDown
@@ -100,8 +100,8 @@ def _lock(state_dir: Path) -> int | None:
 def _run(settings: Settings) -> int:
     for warning in settings.warnings:
         logger.warning("%s", warning)
-    catalog = build_catalog(settings)
-    for warning in catalog.warnings:
+    live = Live(settings)
+    for warning in live.catalog.warnings:
         logger.warning("%s", warning)
     path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
     state, complaint = migrate.create(settings.state_dir / "state.db")
@@ -109,8 +109,7 @@ def _run(settings: Settings) -> int:
         logger.warning("%s", complaint)
     doorbell = Doorbell(settings.state_dir / "manager.sock")
     tools = Tools(
-        settings=settings,
-        catalog=catalog,
+        live=live,
         store=state,
         binary=binary.inspect(path, library_dir, os.environ),
         threads=ThreadPoolExecutor(max_workers=128, thread_name_prefix="server"),

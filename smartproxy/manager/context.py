@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smartproxy.catalog.catalog import Catalog
+from smartproxy.catalog.live import Live
 from smartproxy.config.settings import Settings
 from smartproxy.llama.binary import Binary
 from smartproxy.state.store import Store
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 class Tools:
     """What stays the same while the manager runs. Any thread may use it."""
 
-    settings: Settings
-    catalog: Catalog
+    #: the configuration; another is put in force between two passes only
+    live: Live
     store: Store
     binary: Binary
     #: blocking work: starting and stopping servers
@@ -36,6 +37,14 @@ class Tools:
     poke: Callable[[], None]
     #: set once, by the signal handler: the manager is ending
     stopping: threading.Event
+
+    @property
+    def settings(self) -> Settings:
+        return self.live.settings
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.live.catalog
 
     @property
     def log_dir(self) -> Path:

@@ -7,7 +7,7 @@ import logging
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from smartproxy.catalog.catalog import build_catalog
+from smartproxy.catalog.live import Live
 from smartproxy.config.settings import Settings
 from smartproxy.errors import (
     RequestTooLarge,
@@ -34,18 +34,18 @@ def create_app(settings: Settings) -> Application:
     app.url_map.merge_slashes = False
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mb << 20
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # preflights are answered in routes.py
-    catalog, browsers = build_catalog(settings), Browsers(settings)
+    live, browsers = Live(settings), Browsers(settings)
     store = Store(settings.state_dir / "state.db")
-    counting, broker = RequestCounts(store), Broker(store, settings)
-    app.register_blueprint(monitoring.blueprint(settings, store, counting))
-    app.register_blueprint(models.blueprint(settings, catalog, store))
+    counting, broker = RequestCounts(store), Broker(store, live)
+    app.register_blueprint(monitoring.blueprint(live, store, counting))
+    app.register_blueprint(models.blueprint(live, store))
 
     def decide(incoming: Incoming) -> Job:
-        return job_for(incoming, settings, catalog, browsers, on_settled=counting.settled)
+        return job_for(incoming, live.now, browsers, on_settled=counting.settled)
 
     app.register_blueprint(routes.blueprint(decide, broker, browsers, counting.refused))
     mind_browsers(app, browsers)
-    handle_errors(app, settings, browsers)
+    handle_errors(app, live, browsers)
     return Application(
         wsgi=app, broker=broker, decide=decide, browsers=browsers, on_refused=counting.refused
     )
@@ -67,7 +67,7 @@ def mind_browsers(app: Flask, browsers: Browsers) -> None:
         return response
 
 
-def handle_errors(app: Flask, settings: Settings, browsers: Browsers) -> None:
+def handle_errors(app: Flask, live: Live, browsers: Browsers) -> None:
     """The one place where an error becomes an answer."""
 
     def error_response(error: SmartProxyError) -> Response:
@@ -80,7 +80,7 @@ def handle_errors(app: Flask, settings: Settings, browsers: Browsers) -> None:
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(_: RequestEntityTooLarge) -> Response:
         return error_response(
-            RequestTooLarge(f"the body is larger than {settings.max_body_mb} MB (max_body_mb)")
+            RequestTooLarge(f"the body is larger than {live.settings.max_body_mb} MB (max_body_mb)")
         )
 
     @app.errorhandler(HTTPException)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from smartproxy.config.settings import Settings
+from smartproxy.catalog.live import Live
 from smartproxy.errors import (
     LoadTimeout,
     ManagerDown,
@@ -59,9 +59,9 @@ FILE_PATIENCE_S = 5.0
 class Broker:
     """One per worker process; all methods but the constructor run in the relay loop."""
 
-    def __init__(self, store: Store, settings: Settings) -> None:
+    def __init__(self, store: Store, live: Live) -> None:
         self._store = store
-        self._settings = settings
+        self._live = live
         self._worker = worker_id()
         self._moves = Moves(store)
         self._routes: dict[str, Route] = {}
@@ -238,7 +238,7 @@ class Broker:
                         model_id,
                         self._worker,
                         now=time.time(),
-                        max_queue=self._settings.max_queue,
+                        max_queue=self._live.settings.max_queue,
                     )
                 )
             except StateError as error:
@@ -251,7 +251,7 @@ class Broker:
         self, model_id: str, demand_id: int, avoid_server_id: int | None, avoid_until: float
     ) -> None:
         """Return when the model may be ready. Raises the manager's answer."""
-        limit_s = self._settings.longest_wait_s(model_id)
+        limit_s = self._live.settings.longest_wait_s(model_id)
         deadline = time.monotonic() + limit_s
         silent_since = None
         while True:
@@ -290,7 +290,7 @@ class Broker:
 
     def poke(self, word: bytes) -> None:
         """Wake the manager; a poke that can't be delivered is not needed."""
-        send_poke(self._settings.state_dir, word)
+        send_poke(self._live.settings.state_dir, word)
 
 
 def _came_to_nothing(writing: asyncio.Task[bool]) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote
 
 from smartproxy.catalog.catalog import Catalog, ModelSpec
+from smartproxy.catalog.live import Configuration
 from smartproxy.config.settings import Settings
 from smartproxy.errors import (
     InvalidJson,
@@ -86,8 +87,7 @@ class Incoming:
 
 def job_for(
     incoming: Incoming,
-    settings: Settings,
-    catalog: Catalog,
+    configuration: Configuration,
     browsers: Browsers,
     *,
     on_settled: Callable[[str, int | None], None] | None,
@@ -98,6 +98,7 @@ def job_for(
     BadRequest, ModelRequired, ModelNotFound or RouteNotFound.
     """
     browsers.check(incoming.method, incoming.path, incoming.field, trust_host=incoming.behind_front)
+    settings, catalog = configuration.settings, configuration.catalog
     check_size(len(incoming.body), settings)
     auth.check_key(incoming.path, incoming.field, settings)
     fields = Fields()

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from smartproxy.catalog.catalog import build_catalog
+from smartproxy.catalog.live import Live
 from smartproxy.config.load import load_settings
 from smartproxy.gpus.types import GpuSnapshot
 from smartproxy.llama import binary
@@ -37,8 +37,7 @@ def manager_of(
     path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
     state, _ = migrate.create(settings.state_dir / "state.db")
     tools = Tools(
-        settings=settings,
-        catalog=build_catalog(settings),
+        live=Live(settings),
         store=state,
         binary=binary.inspect(path, library_dir, os.environ),
         threads=threads,

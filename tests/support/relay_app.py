@@ -18,6 +18,7 @@ from typing import cast
 from flask import Flask, Response, jsonify
 
 from smartproxy.catalog.catalog import Catalog, ModelSpec, build_catalog
+from smartproxy.catalog.live import Live
 from smartproxy.config.settings import ModelSettings, Settings
 from smartproxy.errors import from_code
 from smartproxy.proxy import routes
@@ -94,8 +95,8 @@ def create_app() -> Application:
         sse_wait_comment_after=float(os.environ.get("RELAY_TEST_COMMENT_AFTER_S", "30")),
     )
 
-    broker, catalog = PortBroker(), cast(Catalog, PortCatalog(settings))
-    browsers = Browsers(settings)
+    broker, browsers = PortBroker(), Browsers(settings)
+    live = Live(settings, cast(Catalog, PortCatalog(settings)))
 
     @app.get("/health")
     def health() -> Response:
@@ -103,7 +104,7 @@ def create_app() -> Application:
         return jsonify(held=held, pid=os.getpid(), **broker.counts)
 
     def decide(incoming: Incoming) -> Job:
-        return job_for(incoming, settings, catalog, browsers, on_settled=None)
+        return job_for(incoming, live.now, browsers, on_settled=None)
 
     def decide_plain(incoming: Incoming) -> Job:
         broker.counts["plain"] += 1
@@ -111,7 +112,7 @@ def create_app() -> Application:
 
     app.register_blueprint(routes.blueprint(decide, broker, browsers, lambda status: None))
     mind_browsers(app, browsers)
-    handle_errors(app, settings, browsers)
+    handle_errors(app, live, browsers)
     return Application(
         wsgi=app,
         broker=broker,

@@ -75,7 +75,7 @@ ROWS = {
         "apscheduler psutil",
     ),
     "proxy/wire": row("errors", "orjson"),
-    "proxy/relay": row("errors proxy/wire", "flask werkzeug orjson"),
+    "proxy/relay": row("errors proxy/wire", "flask werkzeug orjson uvloop"),
     "proxy/pages": row(
         "types errors entities lifetime config catalog gpus state proxy",
         "flask prometheus_client tabulate yaml",

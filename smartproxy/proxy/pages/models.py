@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, jsonify, request
 
-from smartproxy.catalog.catalog import Catalog
-from smartproxy.config.settings import Settings
+from smartproxy.catalog.live import Live
 from smartproxy.errors import ModelNotFound, RouteNotFound
 from smartproxy.proxy import auth
 from smartproxy.proxy.ask import Question, ask_manager
@@ -16,49 +15,49 @@ from smartproxy.state.store import Store
 PLAN_LIMIT_S = 30.0
 
 
-def blueprint(settings: Settings, catalog: Catalog, store: Store) -> Blueprint:
+def blueprint(live: Live, store: Store) -> Blueprint:
     """Return the operations' routes."""
     operations = Blueprint("operations", __name__)
 
     @operations.before_request
     def check_key() -> None:
-        auth.check(request, settings)
+        auth.check(request, live.settings)
 
     @operations.get("/v1/models")
     @operations.get("/models")
     def models() -> Response:
-        return jsonify({"object": "list", "data": view.model_list(store, catalog)})
+        return jsonify({"object": "list", "data": view.model_list(store, live.catalog)})
 
     @operations.get("/v1/models/<path:name>")
     @operations.get("/models/<path:name>")
     def model(name: str) -> Response:
-        spec = catalog.resolve(name)
-        listed = {entry["id"]: entry for entry in view.model_list(store, catalog)}
+        spec = live.catalog.resolve(name)
+        listed = {entry["id"]: entry for entry in view.model_list(store, live.catalog)}
         return jsonify(listed[spec.id])
 
     @operations.post("/api/models/<path:rest>")
     def act(rest: str) -> Response:
-        found = catalog.split_path(rest)
+        found = live.catalog.split_path(rest)
         if found is None:
             raise ModelNotFound(f"no model's id starts '{rest[:200]}'")
         spec, verb = found
         if verb not in ("load", "unload"):
             raise RouteNotFound(f"no operation POST '{verb}'; there are load and unload")
-        limit_s = settings.longest_wait_s(spec.id)
+        limit_s = live.settings.longest_wait_s(spec.id)
         question = Question(kind=verb, model_id=spec.id, limit_s=limit_s)
-        ask_manager(store, settings.state_dir, question)
-        listed = {entry["id"]: entry for entry in view.model_list(store, catalog)}
+        ask_manager(store, live.settings.state_dir, question)
+        listed = {entry["id"]: entry for entry in view.model_list(store, live.catalog)}
         return jsonify(listed[spec.id])
 
     @operations.get("/api/models/<path:rest>")
     def tell(rest: str) -> Response:
-        found = catalog.split_path(rest)
+        found = live.catalog.split_path(rest)
         if found is None:
             raise ModelNotFound(f"no model's id starts '{rest[:200]}'")
         spec, verb = found
         if verb != "plan":
             raise RouteNotFound(f"no operation GET '{verb}'; there is plan")
         question = Question(kind="plan", model_id=spec.id, limit_s=PLAN_LIMIT_S)
-        return jsonify(ask_manager(store, settings.state_dir, question))
+        return jsonify(ask_manager(store, live.settings.state_dir, question))
 
     return operations

@@ -12,6 +12,7 @@ import yaml
 from flask import Blueprint, Response, jsonify, request
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
+from smartproxy.catalog.live import Live
 from smartproxy.config.settings import Settings
 from smartproxy.entities import pool_status
 from smartproxy.errors import ManagerDown, ShuttingDown, StateError
@@ -25,24 +26,24 @@ from smartproxy.state.store import Store
 FRESH_S = 0.25
 
 
-def blueprint(settings: Settings, store: Store, counting: RequestCounts) -> Blueprint:
+def blueprint(live: Live, store: Store, counting: RequestCounts) -> Blueprint:
     """Return the routes."""
     monitoring = Blueprint("monitoring", __name__)
 
     @monitoring.before_request
     def check_key() -> None:
-        auth.check(request, settings)
+        auth.check(request, live.settings)
 
     @monitoring.get("/health")
     def health() -> Response:
-        body = _read(lambda: view.health(store, settings), _health_without_file(settings))
-        _ask_for_look(body["observed_age"], settings)
+        body = _read(lambda: view.health(store, live.settings), _health_without_file(live.settings))
+        _ask_for_look(body["observed_age"], live.settings)
         return _answer(body, tables.health)
 
     @monitoring.get("/status")
     def whole_status() -> Response:
-        body = _read(lambda: status.status(store, settings), {"gpus": [], "queue": []})
-        _ask_for_look(body["observed_age"], settings)
+        body = _read(lambda: status.status(store, live.settings), {"gpus": [], "queue": []})
+        _ask_for_look(body["observed_age"], live.settings)
         return _answer(body, tables.status)
 
     @monitoring.get("/metrics")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from smartproxy.catalog.live import Live
 from smartproxy.config.load import load_settings
 from smartproxy.proxy.ensure import Broker
 from smartproxy.state import servers as server_rows
@@ -33,7 +34,7 @@ def test_a_client_that_goes_while_its_demand_is_written_leaves_none(
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"models": {"m": fake_model()}}))
-    broker = Broker(store, load_settings(path))
+    broker = Broker(store, Live(load_settings(path)))
 
     async def story() -> None:
         with contextlib.closing(sqlite3.connect(store.path)) as other:
@@ -58,7 +59,7 @@ def test_a_client_that_goes_when_its_lease_is_written_leaves_none(
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"models": {"m": fake_model()}}))
     server_id = ready_server(store)
-    broker = Broker(store, load_settings(path))
+    broker = Broker(store, Live(load_settings(path)))
 
     async def story() -> None:
         for waits in range(6):  # it goes at each moment around the end of the write
@@ -84,7 +85,7 @@ def test_a_ready_server_is_used_also_when_no_lease_can_be_written(
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"models": {"m": fake_model()}}))
     server_id = ready_server(store)
-    broker = Broker(store, load_settings(path))
+    broker = Broker(store, Live(load_settings(path)))
 
     async def story() -> None:
         with contextlib.closing(sqlite3.connect(store.path)) as other:
@@ -129,7 +130,7 @@ def test_a_state_file_that_is_not_there_yet_is_awaited_in_silence(
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"models": {"m": fake_model()}}))
     early = Store(tmp_path / "state" / "state.db")
-    broker = Broker(early, load_settings(path))
+    broker = Broker(early, Live(load_settings(path)))
 
     async def story() -> None:
         waiting = [asyncio.create_task(broker.acquire("m")) for _ in range(30)]
