@@ -16,6 +16,7 @@ PACKAGES = {
     "nginx": "nginx-light",
     "sqlite3": "sqlite3",
     "curl": "curl",
+    "chromium": "chromium",
     "a Vulkan software device": "mesa-vulkan-drivers",
 }
 
