@@ -75,17 +75,17 @@ def find_variant(folder: Path, variant: str) -> tuple[Path, ...] | None:
 
 def _folders(folder: Path, warnings: list[str]) -> Iterator[list[Path]]:
     """Yield the .gguf files of every folder, each real folder once (links may form a circle)."""
-    seen: set[str] = set()
+    visited: set[str] = set()
 
     def unreadable(error: OSError) -> None:
         warnings.append(f"models_dir: {error.filename} can't be read: {error.strerror}")
 
     for where, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(where)
-        folders[:] = [] if real in seen else sorted(f for f in folders if f[0] != ".")
-        if real in seen:
+        folders[:] = [] if real in visited else sorted(f for f in folders if f[0] != ".")
+        if real in visited:
             continue
-        seen.add(real)
+        visited.add(real)
         files = (Path(where, name) for name in sorted(names) if name[0] != ".")
         yield [file for file in files if file.suffix.lower() == ".gguf" and file.is_file()]
 

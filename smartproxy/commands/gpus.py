@@ -75,8 +75,8 @@ def age_line(observed_at: float | None, reason: str | None, *, now: float) -> st
     """Return when the GPUs were last looked at (Unix seconds), and what there is to say of it."""
     if observed_at is None:
         return "the manager has not looked at the GPUs yet"
-    seen = f"seen {max(0.0, now - observed_at):.0f} s ago"
-    return f"{seen}; {reason}" if reason else seen
+    age = f"seen {max(0.0, now - observed_at):.0f} s ago"
+    return f"{age}; {reason}" if reason else age
 
 
 def _alignment() -> list[str]:

@@ -49,31 +49,31 @@ def plan_command(model: str, config: Path | None, state_dir: Path | None, as_jso
     store = Store(path)
     try:
         question = Question(kind="plan", model_id=spec.id, limit_s=LIMIT_S)
-        told = ask_manager(store, settings.state_dir, question)
+        answer = ask_manager(store, settings.state_dir, question)
     finally:
         store.close_all()
-    click.echo(json.dumps(told, indent=2) if as_json else "\n".join(lines(told)))
+    click.echo(json.dumps(answer, indent=2) if as_json else "\n".join(lines(answer)))
 
 
-def lines(told: dict[str, Any]) -> Iterator[str]:
+def lines(answer: dict[str, Any]) -> Iterator[str]:
     """Yield a plan's answer as text."""
-    yield f"model '{told['model']}' {MEANINGS[told['action']]}"
-    yield f"  {told['reason']}"
-    placement = told["placement"]
-    if placement is not None and placement["reason"] != told["reason"]:
+    yield f"model '{answer['model']}' {MEANINGS[answer['action']]}"
+    yield f"  {answer['reason']}"
+    placement = answer["placement"]
+    if placement is not None and placement["reason"] != answer["reason"]:
         yield f"  then: {placement['reason']}"
-    if told["code"] is not None:
-        yield f"  error code: {told['code']}" + (
-            "" if told["action"] == "refuse" else " (if it still waits at queue_timeout)"
+    if answer["code"] is not None:
+        yield f"  error code: {answer['code']}" + (
+            "" if answer["action"] == "refuse" else " (if it still waits at queue_timeout)"
         )
-    for victim in told["evictions"]:
+    for victim in answer["evictions"]:
         yield f"  evicts: {victim['reason']}"
     yield ""
-    yield _estimate_table(told["estimate"])
+    yield _estimate_table(answer["estimate"])
     yield ""
-    if told["candidates"]:
-        yield _candidate_table(told["candidates"])
-        yield f"free: without headroom ({told['headroom_memory']:.2f}) and promised memory"
+    if answer["candidates"]:
+        yield _candidate_table(answer["candidates"])
+        yield f"free: without headroom ({answer['headroom_memory']:.2f}) and promised memory"
     else:
         yield "no GPUs: models run on the CPU"
 

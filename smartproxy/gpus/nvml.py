@@ -136,13 +136,15 @@ class GpuObserver:
             return [replace(whole, error="in MIG mode without any instance: nothing can run")]
         return _read_slices(whole, slices)
 
-    def _missing(self, seen: dict[str, Gpu]) -> dict[str, Gpu]:
+    def _missing(self, readings: dict[str, Gpu]) -> dict[str, Gpu]:
         """Return the known GPUs that this look did not show, each saying why."""
         missing = {}
-        whole = {gpu.pci_bus_id for gpu in seen.values()}
+        whole = {gpu.pci_bus_id for gpu in readings.values()}
         for uuid, gpu in self._known.items():
             # MIG mode may be switched, and slices cut anew, while we run: that is no failure
-            if uuid in seen or (gpu.pci_bus_id in whole and (gpu.mig or _sliced(gpu, seen))):
+            if uuid in readings or (
+                gpu.pci_bus_id in whole and (gpu.mig or _sliced(gpu, readings))
+            ):
                 continue
             why = self._reason or gpu.error or "NVML no longer lists it: fallen off the bus"
             # while NVML as a whole fails, what runs on the GPU may well go on
@@ -206,8 +208,8 @@ def _read_slices(whole: Gpu, slices: list[tuple[int, Any]]) -> list[Gpu]:
     return gpus
 
 
-def _sliced(gpu: Gpu, seen: dict[str, Gpu]) -> bool:
-    return any(other.mig and other.pci_bus_id == gpu.pci_bus_id for other in seen.values())
+def _sliced(gpu: Gpu, readings: dict[str, Gpu]) -> bool:
+    return any(other.mig and other.pci_bus_id == gpu.pci_bus_id for other in readings.values())
 
 
 def _memory_and_processes(handle: Any) -> tuple[_Memory, tuple[GpuProcess, ...]]:
@@ -223,14 +225,14 @@ def _memory_and_processes(handle: Any) -> tuple[_Memory, tuple[GpuProcess, ...]]
 def _memory(handle: Any) -> _Memory:
     """Return sizes in bytes; the driver's own reserve is neither used nor free (NVML >= 510)."""
     try:
-        seen = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2)
+        info = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2)
     except ObserveError as error:
         if _code(error) == pynvml.NVML_ERROR_NOT_SUPPORTED:
             return _host_memory()
         if _code(error) != pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
             raise
-        seen = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
-    return _Memory(total_bytes=seen.total, free_bytes=seen.free, used_bytes=seen.used)
+        info = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    return _Memory(total_bytes=info.total, free_bytes=info.free, used_bytes=info.used)
 
 
 def _host_memory() -> _Memory:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from smartproxy.catalog.catalog import ModelSpec
-from smartproxy.config.server_args import ExtraArgs, read_args
+from smartproxy.config.server_args import read_args
 from smartproxy.lifetime import OWNER_VARIABLE
 from smartproxy.llama.binary import Binary, child_environment
 from smartproxy.memory.estimate import Loaded
@@ -75,7 +75,9 @@ def command(
         flags += ["--mmproj", str(spec.mmproj)]
         offloaded = extra.projector_offload and placement.gpus
         flags += [] if offloaded else ["--no-mmproj-offload"]
-    flags += _draft_flags(binary, spec, placement, (loaded, extra))
+    flags += _draft_flags(
+        binary, spec, placement, loaded, chooses_speculation=extra.chooses_speculation
+    )
     if loaded.draft is not None and devices:
         flags += ["--device-draft", ",".join(devices)]
     # what older builds don't know is left out: they behave that way without being told
@@ -102,10 +104,14 @@ def memory_flags(options: EstimateOptions) -> list[str]:
 
 
 def _draft_flags(
-    binary: Binary, spec: ModelSpec, placement: Placement, said: tuple[Loaded, ExtraArgs]
+    binary: Binary,
+    spec: ModelSpec,
+    placement: Placement,
+    loaded: Loaded,
+    *,
+    chooses_speculation: bool,
 ) -> list[str]:
     """Return the draft model's flags: all its layers over the same GPUs, or none on any."""
-    loaded, extra = said
     if loaded.draft is None:
         return []
     options, on_gpus = loaded.draft_options, bool(placement.gpus)
@@ -115,7 +121,7 @@ def _draft_flags(
         flags += ["--device-draft", "none"]
     flags += _if_known(binary, "--cache-type-k-draft", options.cache_type_k)
     flags += _if_known(binary, "--cache-type-v-draft", options.cache_type_v)
-    if not extra.chooses_speculation:
+    if not chooses_speculation:
         # b10068 on loads a draft model and never uses it unless told how
         flags += _if_known(binary, "--spec-type", "draft-simple")
     return flags

@@ -65,10 +65,10 @@ def device_bytes(
     tool = binary.path.parent / NAME
     known = set(_HELP_FLAG.findall(_run(tool, env, ["--help"], stopping)))
     arguments = ["--model", str(spec.path), *_only(known, flags), "--fit-print", "on"]
-    said = _run(tool, env, arguments, stopping)
-    sizes = [sum(map(int, parts)) * MIB + _ROUNDING_BYTES for _, *parts in _LINE.findall(said)]
+    output = _run(tool, env, arguments, stopping)
+    sizes = [sum(map(int, parts)) * MIB + _ROUNDING_BYTES for _, *parts in _LINE.findall(output)]
     if len(sizes) != len(placement.gpus) + 1:
-        raise NoAnswer(f"{NAME} told nothing of use: {said[-500:]}")
+        raise NoAnswer(f"{NAME} told nothing of use: {output[-500:]}")
     return tuple(sizes)
 
 
@@ -90,7 +90,7 @@ def _run(
         raise NoAnswer(f"{NAME} could not be asked: {error}") from None
     with process:
         try:
-            said, complaint = _outputs(process, stopping)
+            output, complaint = _outputs(process, stopping)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             why = "the manager ends" if stopping.is_set() else f"no answer within {DEADLINE_S:g} s"
@@ -99,7 +99,7 @@ def _run(
         raise NoAnswer(
             f"{NAME} could not be asked: exit code {process.returncode}: {complaint[-300:]}"
         )
-    return said
+    return output
 
 
 def _outputs(process: subprocess.Popen[str], stopping: threading.Event) -> tuple[str, str]:

@@ -27,12 +27,12 @@ def healthy(port: int) -> bool:
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=PROBE_TIMEOUT_S) as sock:
             sock.sendall(PROBE)
-            said = b""
-            while len(said) < STATUS_BYTES and (more := sock.recv(64)):
-                said += more
+            status_line = b""
+            while len(status_line) < STATUS_BYTES and (more := sock.recv(64)):
+                status_line += more
     except OSError:
         return False
-    return READY.match(said) is not None
+    return READY.match(status_line) is not None
 
 
 SLOTS_TIMEOUT_S = 2.0

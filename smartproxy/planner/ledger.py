@@ -107,10 +107,10 @@ def _free_and_gains(
         visible = _visible(gpu, holders[gpu.uuid], snapshot.now)
         strangers = max(0, gpu.used_bytes - sum(visible))
         promised = invisible = 0
-        for (server, hold), seen in zip(holders[gpu.uuid], visible, strict=True):
-            held = max(hold.reserved_bytes, seen)
+        for (server, hold), visible_bytes in zip(holders[gpu.uuid], visible, strict=True):
+            held = max(hold.reserved_bytes, visible_bytes)
             promised += held
-            invisible += held - seen
+            invisible += held - visible_bytes
             gains[server.server_id].append((position, held))
         by_books = gpu.total_bytes - strangers - promised
         free.append(min(gpu.free_bytes - invisible, by_books) - snapshot.settings.headroom_bytes)
@@ -137,11 +137,11 @@ def _visible(gpu: Gpu, holders: Sequence[tuple[RunningServer, Promise]], now: fl
     unclaimed = max(0, gpu.used_bytes - sum(hold.visible_bytes for _, hold in holders))
     visible = []
     for server, hold in holders:
-        seen = hold.visible_bytes
-        if not seen and _is_hidden(server, now):
-            seen = min(hold.reserved_bytes, unclaimed)
-            unclaimed -= seen
-        visible.append(seen)
+        visible_bytes = hold.visible_bytes
+        if not visible_bytes and _is_hidden(server, now):
+            visible_bytes = min(hold.reserved_bytes, unclaimed)
+            unclaimed -= visible_bytes
+        visible.append(visible_bytes)
     return visible
 
 

@@ -168,20 +168,25 @@ def _tell(connection: sqlite3.Connection, change: Change, now: float) -> None:
     )
 
 
-def write_snapshot(store: Store, seen: GpuSnapshot, *, now: float) -> None:
+def write_snapshot(store: Store, snapshot: GpuSnapshot, *, now: float) -> None:
     """Replace what the file says of the GPUs, with an event for every transition."""
     with store.write() as connection:
         connection.execute(
             "UPDATE manager SET mode = ?, mode_reason = ?, driver_version = ?, observed_at = ?"
             " WHERE id = 1",
-            ("gpu" if seen.gpus else "cpu", seen.reason, seen.driver_version, seen.observed_at),
+            (
+                "gpu" if snapshot.gpus else "cpu",
+                snapshot.reason,
+                snapshot.driver_version,
+                snapshot.observed_at,
+            ),
         )
         before = {row["uuid"]: row for row in connection.execute("SELECT * FROM gpus").fetchall()}
         held = {row["gpu_uuid"] for row in connection.execute(HELD).fetchall()}
-        for gpu in seen.gpus:
+        for gpu in snapshot.gpus:
             _write_gpu(connection, gpu, before.pop(gpu.uuid, None), held=gpu.uuid in held, now=now)
         connection.executemany("DELETE FROM gpus WHERE uuid = ?", [(uuid,) for uuid in before])
-        _write_processes(connection, seen)
+        _write_processes(connection, snapshot)
 
 
 def _write_gpu(
@@ -206,7 +211,7 @@ def _write_gpu(
     )
 
 
-def _write_processes(connection: sqlite3.Connection, seen: GpuSnapshot) -> None:
+def _write_processes(connection: sqlite3.Connection, snapshot: GpuSnapshot) -> None:
     """Write who has memory on which GPU; ours are known by their pid."""
     connection.execute("DELETE FROM gpu_processes")
     connection.executemany(
@@ -214,7 +219,7 @@ def _write_processes(connection: sqlite3.Connection, seen: GpuSnapshot) -> None:
         f" VALUES (?, ?, ?, ?, (SELECT id FROM servers WHERE pid = ? AND state IN {LIVE}))",
         [
             (gpu.uuid, process.pid, process.name, process.used_bytes, process.pid)
-            for gpu in seen.gpus
+            for gpu in snapshot.gpus
             for process in gpu.processes
         ],
     )

@@ -58,8 +58,8 @@ def gpus(store: Store) -> Iterator[Metric]:
         "power_watts": "Power draw, where the card tells.",
     }
     families = [
-        GaugeMetricFamily(f"smartproxy_gpu_{name}", told, labels=["gpu", "uuid"])
-        for name, told in readings.items()
+        GaugeMetricFamily(f"smartproxy_gpu_{name}", meaning, labels=["gpu", "uuid"])
+        for name, meaning in readings.items()
     ]
     reserved = reserved_bytes(store)
     for row in gpu_rows.gpus(store):

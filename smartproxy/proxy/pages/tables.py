@@ -85,12 +85,12 @@ def _gpu(g: dict[str, Any]) -> list[Any]:
 
 
 def _head(body: dict[str, Any]) -> list[str]:
-    said = [f"status {body['status']}, mode {body['mode']}"]
+    summary = [f"status {body['status']}, mode {body['mode']}"]
     if body.get("mode_reason"):
-        said[0] += f" ({body['mode_reason']})"
+        summary[0] += f" ({body['mode_reason']})"
     if body["observed_age"] is not None:
-        said[0] += f", GPUs seen {body['observed_age']:.1f} s ago"
-    return ["\n".join([*said, *(f"  {reason}" for reason in body.get("reasons", []))])]
+        summary[0] += f", GPUs seen {body['observed_age']:.1f} s ago"
+    return ["\n".join([*summary, *(f"  {reason}" for reason in body.get("reasons", []))])]
 
 
 def _whose(process: dict[str, Any]) -> str:

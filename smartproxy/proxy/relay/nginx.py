@@ -19,8 +19,8 @@ LOCATION = b"@llama"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """How a request came, as far as it was nginx that brought it."""
+class Delivery:
+    """Who carries a request's bytes to a server, and whether that failed before."""
 
     #: nginx asked for it and offers to carry its bytes
     nginx_carries: bool = False
@@ -28,11 +28,11 @@ class Way:
     failed_server_id: int | None = None
 
 
-DIRECT = Way()
+DIRECT = Delivery()
 
 
-def way(*, data_plane: str, retry: str, family: int | None) -> Way:
-    """Return how a request came.
+def delivery(*, data_plane: str, retry: str, family: int | None) -> Delivery:
+    """Return who carries a request's bytes.
 
     data_plane, retry: its headers X-Smartproxy-Data-Plane and X-Smartproxy-Retry; family: of the
     socket it came on.
@@ -40,13 +40,13 @@ def way(*, data_plane: str, retry: str, family: int | None) -> Way:
     if family != socket.AF_UNIX:
         return DIRECT
     if retry.isdecimal():
-        return Way(failed_server_id=int(retry))
-    return Way(nginx_carries=data_plane == "nginx")
+        return Delivery(failed_server_id=int(retry))
+    return Delivery(nginx_carries=data_plane == "nginx")
 
 
-def way_of(environ: dict[str, Any]) -> Way:
-    """Return how a WSGI server's request came."""
-    return way(
+def delivery_of(environ: dict[str, Any]) -> Delivery:
+    """Return who carries the bytes of a WSGI server's request."""
+    return delivery(
         data_plane=environ.get("HTTP_X_SMARTPROXY_DATA_PLANE", ""),
         retry=environ.get("HTTP_X_SMARTPROXY_RETRY", ""),
         family=getattr(environ.get("gunicorn.socket"), "family", None),

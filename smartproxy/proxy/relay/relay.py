@@ -21,7 +21,7 @@ from flask import Response
 from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
 from smartproxy.proxy.relay import nginx
 from smartproxy.proxy.relay.client import Client
-from smartproxy.proxy.relay.nginx import Way
+from smartproxy.proxy.relay.nginx import Delivery
 from smartproxy.proxy.relay.upstream import ClientStalled, Exchange, Job, ServerDied
 from smartproxy.proxy.relay.wsgi_client import WsgiClient
 from smartproxy.proxy.wire.own_answers import event_stream_head
@@ -68,8 +68,8 @@ class Broker(Protocol):
 class HandedOver:
     """The answer of a WSGI application to a request that is the relay's.
 
-    A RelayWorker takes `job`, `broker` and `way` out of it. Any other server iterates it, which
-    blocks until the answer's head is there and then yields its body.
+    A RelayWorker takes `job`, `broker` and `delivery` out of it. Any other server iterates it,
+    which blocks until the answer's head is there and then yields its body.
     """
 
     def __init__(
@@ -81,15 +81,17 @@ class HandedOver:
     ) -> None:
         self.job = job
         self.broker = broker
-        self.way = nginx.way_of(environ)
+        self.delivery = nginx.delivery_of(environ)
         self._start_response = start_response
         self._client: WsgiClient | None = None
 
     def __iter__(self) -> Iterator[bytes]:
         loop = relay_loop()
         self._client = client = WsgiClient(loop.loop)
-        way = Way(failed_server_id=self.way.failed_server_id)  # an iterable can't redirect
-        loop.start(Request(job=self.job, broker=self.broker, client=client, way=way))
+        delivery = Delivery(
+            failed_server_id=self.delivery.failed_server_id
+        )  # an iterable can't redirect
+        loop.start(Request(job=self.job, broker=self.broker, client=client, delivery=delivery))
         self._start_response(*client.head.result())
         return client
 
@@ -119,7 +121,7 @@ class Request:
     broker: Broker
     client: Client
     #: with a server that nginx could not reach, the one retry is already being used
-    way: Way = nginx.DIRECT
+    delivery: Delivery = nginx.DIRECT
     _task: asyncio.Task[None] | None = None
     _exchange: Exchange | None = None
     _stop_reason: SmartProxyError | None = None
@@ -138,11 +140,11 @@ class Request:
             self._task.cancel()
 
     async def _answer(self) -> None:
-        avoid_server_id = self.way.failed_server_id
+        avoid_server_id = self.delivery.failed_server_id
         attempts = 2 if avoid_server_id is None else 1
         for attempts_left in reversed(range(attempts)):
             lease = await self._acquire(avoid_server_id)
-            if self.way.nginx_carries and not self.client.began:
+            if self.delivery.nginx_carries and not self.client.began:
                 self._redirect(lease)
                 return
             try:

@@ -242,12 +242,14 @@ class RelayWorker(ApplicationWorker):
             reader = application.browsers.reader(incoming.field("Origin"), incoming.path)
             client.answer(error_answer(error, reader))
             return True
-        way = nginx.way(
+        delivery = nginx.delivery(
             data_plane=plain.field(b"x-smartproxy-data-plane"),
             retry=plain.field(b"x-smartproxy-retry"),
             family=family,
         )
-        self._relay.start_here(Request(job=job, broker=application.broker, client=client, way=way))
+        self._relay.start_here(
+            Request(job=job, broker=application.broker, client=client, delivery=delivery)
+        )
         return True
 
     def _handle_in_thread(self, reception: Reception) -> Outcome:
@@ -299,7 +301,7 @@ class RelayWorker(ApplicationWorker):
                 job=handed_over.job,
                 broker=handed_over.broker,
                 client=client,
-                way=handed_over.way,
+                delivery=handed_over.delivery,
             )
         )
 
