@@ -1,32 +1,33 @@
 """The manager process: settings, single-instance lock, signals, scheduler jobs, the main loop.
 
-`python -m smartproxy.manager`, or `smartproxy manager`. Exit codes: 0 stopped on request, 2 bad
-configuration, 3 another manager has this state directory, 4 the state file vanished under us.
+`python -m smartproxy.manager`, or `smartproxy manager`. SIGINT (Ctrl-C, the end of `serve`) is the
+full stop: requests finish, then every llama-server ends; a second one ends them at once. SIGTERM
+leaves and keeps the llama-servers for the next manager, which adopts them. SIGHUP means reload.
+
+Exit codes: 0 stopped on request, 2 bad configuration, 3 another manager has this state directory,
+4 the state file vanished under us.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from smartproxy.catalog.live import Live
 from smartproxy.config.load import load_settings
 from smartproxy.config.settings import Settings
-from smartproxy.errors import ConfigError, ShuttingDown
-from smartproxy.lifetime import die_with_parent, worker_alive
-from smartproxy.llama import binary
+from smartproxy.errors import ConfigError, ShuttingDown, StateError
+from smartproxy.lifetime import PARENT_VARIABLE, die_with_parent, take_manager_lock, worker_alive
+from smartproxy.llama import binary, process
 from smartproxy.log import setup_logging
 from smartproxy.manager import measure, needs, unknown_models
 from smartproxy.manager import use as recent_use
@@ -43,6 +44,8 @@ from smartproxy.manager.server_watch import trim_logs, watch
 from smartproxy.manager.shortage import Shortages
 from smartproxy.manager.snapshot import Sources
 from smartproxy.manager.tick import Manager, Pass, tick
+from smartproxy.orders import Orders
+from smartproxy.signs import Beat
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import events, leases, measurements, migrate
 from smartproxy.state import servers as server_rows
@@ -52,7 +55,6 @@ from smartproxy.state.store import Store
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
 EXIT_CONFIG, EXIT_LOCKED, EXIT_STATE_LOST = 2, 3, 4
-LOCK_PATIENCE_S = 15.0
 HEARTBEAT_S = 1.0
 #: pause between passes while models wait for room
 WAITING_TICK_S = 0.02
@@ -64,40 +66,24 @@ STOP_DEADLINE_S = 45.0
 
 
 def main() -> int:
-    """Run until SIGTERM or SIGINT. Returns the exit code."""
-    die_with_parent()
+    """Run until SIGTERM or SIGINT. Returns the exit code where it did not start."""
+    orders = Orders()
+    serve_pid = int(os.environ.get(PARENT_VARIABLE, "0"))
+    die_with_parent(signal.SIGINT)
     setup_logging()
     try:
         settings = load_settings()
-        lock = _lock(settings.state_dir)
+        lock = take_manager_lock(settings.state_dir, serve_pid)
         if lock is None:
             logger.error("another manager runs on %s", settings.state_dir)
             return EXIT_LOCKED
-        return _run(settings)
+        _run(settings, orders)
     except ConfigError as error:
         logger.error("%s", error)
         return EXIT_CONFIG
 
 
-def _lock(state_dir: Path) -> int | None:
-    """Return the held lock (kept open until we end), or None. Waits for one that is just ending."""
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(state_dir / "manager.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # for the guard, which ends a manager that hangs
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            return descriptor
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.05)
-
-
-def _run(settings: Settings) -> int:
+def _run(settings: Settings, orders: Orders) -> NoReturn:
     for warning in settings.warnings:
         logger.warning("%s", warning)
     live = Live(settings)
@@ -114,11 +100,10 @@ def _run(settings: Settings) -> int:
         binary=binary.inspect(path, library_dir, os.environ),
         threads=ThreadPoolExecutor(max_workers=128, thread_name_prefix="server"),
         poke=doorbell.poke,
-        stopping=threading.Event(),
+        stopping=orders.stopping,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stopper(tools))
-    return _serve(make_manager(tools), doorbell)
+    orders.poke = doorbell.poke
+    _serve(make_manager(tools), doorbell, orders)
 
 
 def make_manager(tools: Tools) -> Manager:
@@ -145,15 +130,7 @@ def make_manager(tools: Tools) -> Manager:
     return Manager(tools=tools, loading=loading, sources=sources)
 
 
-def _stopper(tools: Tools) -> Callable[[int, FrameType | None], None]:
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        tools.stopping.set()
-        tools.poke()
-
-    return stop
-
-
-def _serve(manager: Manager, doorbell: Doorbell) -> int:
+def _serve(manager: Manager, doorbell: Doorbell, orders: Orders) -> NoReturn:
     tools = manager.tools
     update_manager(
         tools.store,
@@ -170,22 +147,42 @@ def _serve(manager: Manager, doorbell: Doorbell) -> int:
         *(tools.binary.path, tools.binary.build),
     )
     adopt_all(manager.loading)
-    watcher = Watcher(tools, manager.loading.view)
-    scheduler = _schedule(manager, watcher)
+    orders.kill_servers = lambda: _kill_servers(manager)
+    beat, watcher = Beat(), Watcher(tools, manager.loading.view)
+    scheduler = _schedule(manager, watcher, beat)
     try:
-        code = _loop(manager, doorbell, scheduler)
+        code = _loop(manager, doorbell, scheduler, Says(orders=orders, beat=beat))
+        if orders.full_stop:
+            _end_all(manager)
     finally:
         scheduler.shutdown(wait=False)
         closed = watcher.close()
     if not closed:
         logger.warning("a call to NVML hangs: leaving without waiting for it")
+    if code == 0:
+        _sign_off(tools.store)
     logging.shutdown()
-    # Python would wait for every thread: one that hangs in a driver or a file system, or that
-    # waits for what comes no more
+    # Python would wait for every thread: for one that watches a load for half an hour, too. What a
+    # thread had begun, the next manager carries on, as after a crash
     os._exit(code)
 
 
-def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
+def _sign_off(store: Store) -> None:
+    try:
+        update_manager(store, pid=None, heartbeat_at=None)
+    except StateError as error:
+        logger.error("stopped, but the state file could not be told: %s", error)
+    else:
+        logger.info("stopped")
+
+
+def _kill_servers(manager: Manager) -> None:
+    logger.warning("a second signal: ending every llama-server at once")
+    for child in manager.loading.children.snapshot().values():
+        process.kill(child, patience_s=0)
+
+
+def _schedule(manager: Manager, watcher: Watcher, beat: Beat) -> BackgroundScheduler:
     scheduler = BackgroundScheduler(
         job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
     )
@@ -199,7 +196,7 @@ def _schedule(manager: Manager, watcher: Watcher) -> BackgroundScheduler:
         id="look",
         next_run_time=_now(),
     )
-    scheduler.add_job(_heartbeat, "interval", [tools.store], seconds=HEARTBEAT_S)
+    scheduler.add_job(_heartbeat, "interval", [tools.store, beat], seconds=HEARTBEAT_S)
     scheduler.add_job(watch, "interval", [tools], seconds=2)
     scheduler.add_job(_tidy, "interval", [tools], seconds=60)
     scheduler.add_job(needs.publish_models, args=[tools])
@@ -222,8 +219,16 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) -> int:
-    tools, view = manager.tools, manager.loading.view
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Says:
+    """What the loop is told, and what it tells."""
+
+    orders: Orders
+    beat: Beat
+
+
+def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler, says: Says) -> int:
+    tools, view, orders = manager.tools, manager.loading.view, says.orders
     done = Pass(waiting=False, decision_s=0.0)
     while not tools.stopping.is_set():
         # servers live on; the next manager makes the file anew and finds them
@@ -235,6 +240,7 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) 
         except Exception:  # the tick boundary: one bad pass must not take the servers down
             logger.exception("tick failed")
             done = Pass(waiting=False, decision_s=0.0)
+        says.beat.passed()
         doorbell.watch(manager.loading.children.snapshot())
         # many waiting models make decisions long: they get a part of the time, not all of it
         pause_s = max(WAITING_TICK_S, 4 * done.decision_s) if done.waiting else IDLE_TICK_S
@@ -243,13 +249,26 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler) 
             view.want_look()
         if view.take_wanted():
             scheduler.modify_job("look", next_run_time=_now())
-    logger.info("stopping")
-    update_manager(tools.store, stopping=True)
-    _refuse_all(tools.store)
-    stop_all(manager.loading, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
-    update_manager(tools.store, pid=None, heartbeat_at=None)
-    logger.info("stopped")
+        if orders.reload:
+            orders.reload = False
+            logger.warning("SIGHUP: the configuration is not read again yet; restart to use it")
+    says.beat.rests()
+    if not orders.full_stop:
+        logger.info("leaving: the llama-servers stay for the next manager")
     return 0
+
+
+def _end_all(manager: Manager) -> None:
+    """End every server in order. Blocks until all have ended."""
+    tools = manager.tools
+    logger.info("stopping: ending every llama-server when its requests are done")
+    try:
+        update_manager(tools.store, stopping=True)
+        _refuse_all(tools.store)
+        stop_all(manager.loading, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
+    except StateError as error:
+        logger.error("the state file can't be used: ending the llama-servers without it: %s", error)
+        list(tools.threads.map(process.stop, manager.loading.children.snapshot().values()))
 
 
 def _refuse_all(store: Store) -> None:
@@ -263,9 +282,9 @@ def _refuse_all(store: Store) -> None:
     )
 
 
-def _heartbeat(store: Store) -> None:
+def _heartbeat(store: Store, beat: Beat) -> None:
     now = time.time()
-    update_manager(store, heartbeat_at=now)
+    update_manager(store, heartbeat_at=now, pass_age_s=time.monotonic() - beat.at)
     dead = [name for name in leases.workers_seen(store) if not worker_alive(name)]
     leases.clear_expired(store, now=now, dead_workers=dead)
 

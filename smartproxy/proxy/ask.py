@@ -64,7 +64,7 @@ def _await(store: Store, worker: str, demand_id: int, question: Question) -> dic
                 f" {question.limit_s:.0f} s"
             )
         view = manager_view(store)
-        if view.stopping:
+        if view.ending():
             raise ShuttingDown("the proxy is being stopped")
         if view.alive(time.time()):
             silent_since = None

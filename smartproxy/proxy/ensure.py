@@ -48,8 +48,9 @@ ROUTES_OLD_S = 0.01
 #: how long an idle server's lease is kept before it is given back: sequential requests of one
 #: client then cost no writes, and an eviction waits at most this long for it
 LINGER_S = 0.05
-#: a killed manager is back within a second or two: who waits is not sent away before
-MANAGER_PATIENCE_S = 12.0
+#: a killed manager is back within a second or two, on a crowded machine within twenty: who waits is
+#: not sent away before
+MANAGER_PATIENCE_S = 30.0
 #: a server that just cut a request short is avoided this long; then it is worth a second try
 AVOID_S = 2.0
 #: the state file may be missing this long before the log says so: at a start the manager makes it
@@ -275,7 +276,7 @@ class Broker:
 
     def _check_manager(self, model_id: str, now: float, silent_since: float | None) -> float | None:
         view = manager_view(self._store)
-        if view.stopping:
+        if view.ending():
             raise ShuttingDown("the proxy is being stopped")
         if view.alive(time.time()):
             return None

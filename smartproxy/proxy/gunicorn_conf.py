@@ -9,6 +9,8 @@ import gc
 import os
 import resource
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from smartproxy.config.load import load_settings
@@ -18,6 +20,7 @@ from smartproxy.lifetime import die_with_parent
 # What the application needs is loaded here already, so that the workers share its memory. The
 # application itself is made after the fork: it holds sockets and threads.
 from smartproxy.proxy import app as _application  # noqa: F401
+from smartproxy.signs import LEAVING, UP, tell
 
 #: as the manager's for a bad configuration
 EXIT_CONFIG = 2
@@ -79,6 +82,18 @@ def on_starting(server: Any) -> None:
     die_with_parent()
     # A socket that was given to us (by `serve`) is not ours to unlink: our successor gets it too.
     server.systemd = any(isinstance(address, int) for address in server.cfg.address)
+    # `serve` starts the next one while we still finish what was begun (gunicorn has no hook here)
+    server.handle_term = partial(_leave, server.handle_term)
+
+
+def _leave(handle_term: Callable[[], None]) -> None:
+    tell(LEAVING)
+    handle_term()
+
+
+def post_worker_init(_worker: object) -> None:
+    """Say that a worker accepts connections from now on."""
+    tell(UP)
 
 
 def when_ready(_server: object) -> None:

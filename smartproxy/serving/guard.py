@@ -7,7 +7,6 @@ in the time that a full stop takes: then it hangs, and we end it first.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from smartproxy.lifetime import owned_processes
+from smartproxy.lifetime import PARENT_VARIABLE, lock_holder, owned_processes, take_lock
 
 LOOK_EVERY_S = 0.1
 TERM_GRACE_S = 5.0
@@ -34,14 +33,8 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     if sys.stdin.buffer.read(1) == NOTHING_LEFT:
         return 0
-    lock = os.open(state_dir / "manager.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    patience_s = float(os.environ.get(PATIENCE_VARIABLE, MANAGER_PATIENCE_S))
-    deadline = time.monotonic() + patience_s
-    while not _locked(lock):
-        if time.monotonic() > deadline:
-            _kill_holder(lock)
-            deadline += patience_s
-        time.sleep(LOOK_EVERY_S)
+    if not _wait_for_manager(state_dir / "manager.lock"):
+        return 0
     # the lock is ours: no manager lives, and none can start meanwhile
     servers = owned_processes(str(state_dir))
     for server in servers:
@@ -53,21 +46,25 @@ def main() -> int:
     return 0
 
 
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+def _wait_for_manager(lock: Path) -> bool:
+    """Block until the lock is ours (held while we live). False: the next `serve` has a manager."""
+    ours = int(os.environ[PARENT_VARIABLE])
+    patience_s = float(os.environ.get(PATIENCE_VARIABLE, MANAGER_PATIENCE_S))
+    deadline = time.monotonic() + patience_s
+    while take_lock(lock) is None:
+        holder = lock_holder(lock)
+        if holder is not None and holder.serve_pid != ours:
+            return False  # it adopts the servers; they are not ours to end
+        if holder is not None and time.monotonic() > deadline:
+            _kill(holder.pid)
+            deadline += patience_s
+        time.sleep(LOOK_EVERY_S)
     return True
 
 
-def _kill_holder(lock: int) -> None:
-    """Kill the manager that holds the lock; its pid stands in the file."""
-    pid = os.pread(lock, 20, 0).strip()
-    if not pid.isdigit():
-        return
+def _kill(pid: int) -> None:
     try:
-        os.kill(int(pid), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
 

@@ -6,73 +6,54 @@ connection, and the end of a pipe that the guard waits on.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError
-from smartproxy.lifetime import PARENT_VARIABLE
+from smartproxy.lifetime import HELD_SIGNALS, take_lock
+from smartproxy.serving.farewell import Farewell
 from smartproxy.serving.guard import NOTHING_LEFT
+from smartproxy.serving.half import Half
 from smartproxy.serving.listen import UNIX, close, listen
+from smartproxy.signs import LEAVING, UP, Signs
 
 logger = logging.getLogger(__name__)
 
-#: a half that lived shorter than this is started again only after a pause
-SHORT_LIFE_S = 3.0
+LOOK_EVERY_S = 0.05
 #: a full stop: streams in flight may finish this long, then servers get TERM, TERM, KILL
-GUNICORN_STOP_S = 40.0
-MANAGER_STOP_S = 80.0
+STOP_S = {"gunicorn": 40.0, "manager": 80.0}
+#: after a second signal: for each to end what it started
+QUIT_S = 5.0
+#: how often the log says what a stop waits for
+TELL_EVERY_S = 5.0
 #: exit codes that a restart can't mend: bad configuration; an application that does not boot
 HOPELESS = {"manager": {2, 3}, "gunicorn": {3, 4}}
 #: another `serve`, or another manager, has this state directory
 EXIT_LOCKED = 3
 
 
-@dataclass(slots=True, kw_only=True)
-class Half:
-    """One of the children, started again whenever it ends."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What `serve` starts, and what it hears from it."""
 
+    guard: Half
+    manager: Half
+    gunicorn: Half
+    env: Mapping[str, str]
+    signs: Signs
+    #: where it listens, for people
     name: str
-    argv: list[str]
-    pass_fds: tuple[int, ...] = ()
-    stdin: int = subprocess.DEVNULL
-    process: subprocess.Popen[bytes] | None = None
-    started_at: float = 0.0
-    not_before: float = 0.0
 
-    def start(self, env: Mapping[str, str]) -> None:
-        """Start it in a session of its own: the terminal's Ctrl-C is ours to pass on."""
-        self.started_at = time.monotonic()
-        self.process = subprocess.Popen(
-            self.argv,
-            env={**env, PARENT_VARIABLE: str(os.getpid())},
-            pass_fds=self.pass_fds,
-            stdin=self.stdin,
-            start_new_session=True,
-        )
-
-    def ask_to_stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-
-    def await_end(self, patience_s: float) -> None:
-        """Kill it if it does not end in time."""
-        if self.process is None:
-            return
-        try:
-            self.process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            logger.warning("%s did not end within %g s: killed", self.name, patience_s)
-            self.process.kill()
-            self.process.wait()
+    @property
+    def halves(self) -> tuple[Half, ...]:
+        return self.guard, self.manager, self.gunicorn
 
 
 def serve(settings: Settings, host: str, port: int) -> int:
@@ -81,81 +62,96 @@ def serve(settings: Settings, host: str, port: int) -> int:
     if problem and not host.startswith(UNIX):
         raise ConfigError(f"--port: {problem}")
     settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = _lock(settings.state_dir)
+    lock = take_lock(settings.state_dir / "serve.lock")
     if lock is None:
         logger.error("another `smartproxy serve` runs on %s: not started", settings.state_dir)
         return EXIT_LOCKED
+    words = Words()
     listener, name = listen(host, port)
+    guard_end, our_end = os.pipe()
+    family = _family(settings, listener, guard_end, name)
+    logger.info("starting, to serve on %s", name)
+    code = _keep_running(family, words)
+    farewell = Farewell(listener)
+    _stop(family, words)
+    farewell.end()
+    close(listener)
+    if code == EXIT_LOCKED:  # a manager that is not ours has servers that are not ours
+        os.write(our_end, NOTHING_LEFT)
+    os.close(our_end)
+    if family.guard.process is not None:
+        family.guard.process.wait()
+    os.close(lock)
+    return code
+
+
+def _family(settings: Settings, listener: socket.socket, guard_end: int, name: str) -> Family:
+    python, signs = [sys.executable, "-m"], Signs()
     env = {
         **os.environ,
         "SMARTPROXY_CONFIG": str(settings.config_path),
         "SMARTPROXY_STATE_DIR": str(settings.state_dir),
+        **signs.environment(),
     }
-    guard_end, our_end = os.pipe()
-    python = [sys.executable, "-m"]
     guard = Half(
         name="guard",
         argv=[*python, "smartproxy.serving.guard", str(settings.state_dir)],
         stdin=guard_end,
     )
-    manager = Half(name="manager", argv=[*python, "smartproxy.manager"])
+    manager = Half(
+        name="manager",
+        argv=[*python, "smartproxy.manager"],
+        pass_fds=(signs.beat,),
+        # its SIGTERM would keep the llama-servers, for the next manager
+        stop_signal=signal.SIGINT,
+        held_signals=HELD_SIGNALS,
+        quit_signal=signal.SIGINT,
+    )
     gunicorn = Half(
         name="gunicorn",
         argv=[
             *(*python, "gunicorn", "-c", "python:smartproxy.proxy.gunicorn_conf"),
             *("--bind", f"fd://{listener.fileno()}", "smartproxy.proxy.wsgi:app"),
         ],
-        pass_fds=(listener.fileno(),),
+        pass_fds=(listener.fileno(), signs.pipe),
+        quit_signal=signal.SIGQUIT,
     )
-    stop = _Stop()
-    logger.info("serving on %s", name)
-    code = _keep_running([guard, manager, gunicorn], env, stop)
-    # both at once: the manager refuses who waits, and lets servers finish what gunicorn relays
-    manager.ask_to_stop()
-    gunicorn.ask_to_stop()
-    gunicorn.await_end(GUNICORN_STOP_S)
-    close(listener)
-    manager.await_end(MANAGER_STOP_S)
-    if code == EXIT_LOCKED:  # a manager that is not ours has servers that are not ours
-        os.write(our_end, NOTHING_LEFT)
-    os.close(our_end)
-    if guard.process is not None:
-        guard.process.wait()
-    os.close(lock)
-    return code
+    return Family(guard=guard, manager=manager, gunicorn=gunicorn, env=env, signs=signs, name=name)
 
 
-def _lock(state_dir: Path) -> int | None:
-    """Return the held lock, which goes with this process however it ends; None: it is taken."""
-    lock = os.open(state_dir / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
+class Words:
+    """What signals ask for. SIGTERM and SIGINT: stop, and at once the second time. SIGHUP: reload.
 
-
-class _Stop:
-    """Set by SIGTERM, SIGINT and SIGHUP; a second one ends us on the spot (the guard cleans up)."""
+    Written by the handlers, read by the main loop.
+    """
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.stop = False
+        self.quit = False
+        self.reload = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._want)
+            signal.signal(number, self._take)
 
-    def _want(self, _number: int, _frame: object) -> None:
-        if self.wanted:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.wanted = True
+    def _take(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            self.reload = True
+        else:
+            self.quit = self.stop
+            self.stop = True
 
 
-def _keep_running(halves: list[Half], env: Mapping[str, str], stop: _Stop) -> int:
+def _keep_running(family: Family, words: Words) -> int:
     """Start what is not running until told to stop, or a restart is hopeless. Returns the code."""
-    for half in halves:
-        half.start(env)
-    while not stop.wanted:
-        for half in halves:
+    for half in family.halves:
+        half.start(family.env)
+    up, told = False, False
+    while not words.stop:
+        heard = family.signs.heard()
+        up = up or UP in heard
+        if LEAVING in heard:
+            family.gunicorn.relieve(family.env)
+        for half in family.halves:
+            half.reap_leaving()
             assert half.process is not None
             code = half.process.poll()
             if code is None:
@@ -163,19 +159,66 @@ def _keep_running(halves: list[Half], env: Mapping[str, str], stop: _Stop) -> in
             if code in HOPELESS.get(half.name, ()):
                 logger.error("%s ended with code %d: giving up", half.name, code)
                 return code
-            _restart(half, env, code)
-        time.sleep(0.05)
+            half.start_again(family.env, code)
+        if up and not told and _manager_runs(family):
+            logger.info("serving on %s", family.name)
+            told = True
+        if words.reload:
+            words.reload = False
+            _reload(family)
+        time.sleep(LOOK_EVERY_S)
     return 0
 
 
-def _restart(half: Half, env: Mapping[str, str], code: int) -> None:
-    now = time.monotonic()
-    if half.not_before <= half.started_at:  # its end is news
-        short = now - half.started_at < SHORT_LIFE_S
-        half.not_before = now + (1.0 if short else 0.0)
-        logger.warning("%s ended with code %d: starting it again", half.name, code)
-    if now >= half.not_before:
-        half.start(env)
+def _manager_runs(family: Family) -> bool:
+    """Return whether it has finished a pass."""
+    process = family.manager.process
+    return process is not None and family.signs.last_pass(process.pid) is not None
+
+
+def _reload(family: Family) -> None:
+    """Pass SIGHUP on to the manager. Not to gunicorn, which would end its workers' streams."""
+    logger.info("SIGHUP: passed on to the manager")
+    family.manager.send(signal.SIGHUP)
+
+
+def _stop(family: Family, words: Words) -> None:
+    """End both halves in order, saying what is waited for; a second signal ends them at once."""
+    logger.info(
+        "stopping: new requests are answered `shutting_down`, those in flight may finish;"
+        " a second signal ends everything at once"
+    )
+    # both at once: the manager refuses who waits, and lets servers finish what gunicorn relays
+    halves = [family.manager, family.gunicorn]
+    for half in halves:
+        half.send(half.stop_signal)
+    began = time.monotonic()
+    tell_at = began + TELL_EVERY_S
+    while not words.quit and any(half.living() for half in halves):
+        now = time.monotonic()
+        left_s = {half.name: STOP_S[half.name] - (now - began) for half in halves if half.living()}
+        if now > tell_at:
+            tell_at += TELL_EVERY_S
+            waits = ", ".join(f"{name} (at most {s:.0f} s more)" for name, s in left_s.items())
+            logger.info("stopping: waiting for %s", waits)
+        for half in [half for half in halves if left_s.get(half.name, 1.0) < 0]:
+            logger.warning("%s did not end within %g s: killed", half.name, STOP_S[half.name])
+            half.kill()
+            halves.remove(half)
+        time.sleep(LOOK_EVERY_S)
+    if words.quit:
+        _quit(halves)
+
+
+def _quit(halves: list[Half]) -> None:
+    logger.warning("a second signal: ending everything at once")
+    for half in halves:
+        half.send(half.quit_signal)
+    deadline = time.monotonic() + QUIT_S
+    while any(half.living() for half in halves) and time.monotonic() < deadline:
+        time.sleep(LOOK_EVERY_S)
+    for half in halves:
+        half.kill()
 
 
 __all__ = ["serve"]

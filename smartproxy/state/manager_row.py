@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self, TypedDict, Unpack
 
 from smartproxy.state.sql import columns, settings
@@ -22,7 +23,7 @@ class ManagerView:
 
     pid: int | None
     heartbeat_at: float | None
-    #: it is ending on purpose
+    #: it is ending on purpose; may be left over from one that was killed meanwhile: see `ending`
     stopping: bool
     #: moves whenever something changes that workers route by
     generation: int
@@ -37,12 +38,18 @@ class ManagerView:
         """Return whether it gave a sign lately."""
         return bool(self.heartbeat_at) and now - (self.heartbeat_at or 0.0) < HEARTBEAT_STALE_S
 
+    def ending(self) -> bool:
+        """Return whether it is ending on purpose, and has not ended yet."""
+        return self.stopping and self.pid is not None and Path(f"/proc/{self.pid}").exists()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManagerRow(ManagerView):
     """All that the manager says of itself."""
 
     started_at: float | None
+    #: seconds since its loop finished a pass, as of the heartbeat
+    pass_age_s: float | None
     #: gpu or cpu; None before the first look at the GPUs
     mode: str | None
     mode_reason: str | None
@@ -62,6 +69,7 @@ class ManagerColumns(TypedDict, total=False):
     pid: int | None
     started_at: float
     heartbeat_at: float | None
+    pass_age_s: float
     stopping: bool
     llama_server: str
     build: str

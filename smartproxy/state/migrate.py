@@ -76,6 +76,12 @@ def tables(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations(name="0002_pass_age")
+def pass_age(db: Database) -> None:
+    """How long the manager's loop stands."""
+    db.execute("ALTER TABLE manager ADD COLUMN pass_age_s REAL")
+
+
 def statements(script: str) -> Iterator[str]:
     """Yield the statements of a script one by one; executescript would commit the transaction."""
     lines: list[str] = []

@@ -20,7 +20,7 @@ import requests
 
 from tests.support.paths import ROOT
 from tests.support.ports import free_pool, free_port
-from tests.support.running import Proxy, fake_model, running, wait_until
+from tests.support.running import Proxy, Streaming, fake_model, running, wait_until
 from tests.support.wire import PAGE
 
 
@@ -36,18 +36,6 @@ def code_of(answer: requests.Response) -> str:
 
 def starts(proxy: Proxy) -> int:
     return len(proxy.rows("SELECT 1 FROM events WHERE message LIKE '%starting model=%'"))
-
-
-class Streaming:
-    """A stream that is open until closed: what makes a server busy."""
-
-    def __init__(self, proxy: Proxy, model: str, chunks: int = 10_000) -> None:
-        self.answer = proxy.chat(model, stream=True, max_tokens=chunks, fake={"token_s": 0.02})
-        self.lines = self.answer.iter_lines()
-        assert next(line for line in self.lines if line).startswith(b"data:")
-
-    def close(self) -> None:
-        self.answer.close()
 
 
 # --- loading ---------------------------------------------------------------------------------
@@ -380,7 +368,7 @@ def test_the_halves_run_by_themselves(tmp_path: Path) -> None:
     try:
         wait_until(lambda: proxy.health().get("manager", {}).get("alive"), what="both up")
         assert proxy.chat("m").status_code == 200
-        manager.terminate()
+        manager.send_signal(signal.SIGINT)  # as Ctrl-C; SIGTERM would keep its servers
         assert manager.wait(60) == 0
         assert proxy.llama_servers() == []
         assert proxy.health()["status"] == "degraded"

@@ -172,6 +172,18 @@ class Proxy:
         return pid
 
 
+class Streaming:
+    """A stream that is open until closed: what makes a server busy."""
+
+    def __init__(self, proxy: Proxy, model: str, chunks: int = 10_000) -> None:
+        self.answer = proxy.chat(model, stream=True, max_tokens=chunks, fake={"token_s": 0.02})
+        self.lines = self.answer.iter_lines()
+        assert next(line for line in self.lines if line).startswith(b"data:")
+
+    def close(self) -> None:
+        self.answer.close()
+
+
 @contextlib.contextmanager
 def running(
     folder: Path, models: Mapping[str, Any], *, kind: type[Proxy] = Proxy, **settings: Any

@@ -56,6 +56,8 @@ ROWS = {
     "errors": row("", pure=True),
     "log": row(""),
     "lifetime": row("", "psutil"),
+    "signs": row(""),
+    "orders": row("types lifetime"),
     "entities": row("types gpus planner", "pydantic"),
     "cli": row("errors commands", "click"),
     "model_file": row("errors gpus", "gguf"),
@@ -71,7 +73,8 @@ ROWS = {
     ),
     "state": row("types errors gpus planner", "sqlite_utils"),
     "manager": row(
-        "types errors log lifetime config catalog gpus model_file memory planner llama state",
+        "types errors log lifetime signs orders config catalog gpus model_file memory planner llama"
+        " state",
         "apscheduler psutil",
     ),
     "proxy/wire": row("errors", "orjson"),
@@ -82,10 +85,11 @@ ROWS = {
     ),
     "proxy/worker": row("errors proxy proxy/wire proxy/relay", "gunicorn"),
     "proxy": row(
-        "errors log lifetime config catalog state proxy/wire proxy/relay proxy/pages proxy/worker",
+        "errors log lifetime signs config catalog state proxy/wire proxy/relay proxy/pages"
+        " proxy/worker",
         "flask werkzeug gunicorn msgspec",
     ),
-    "serving": row("errors lifetime config", "psutil", subprocess=True),
+    "serving": row("errors lifetime signs config", "psutil", subprocess=True),
     "commands": row(
         "types errors entities log config catalog gpus model_file memory planner state manager"
         " proxy proxy/pages serving",

@@ -23,7 +23,7 @@ from smartproxy.state import models
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import AssignmentRow, assignments, models_by_gpu
 from smartproxy.state.gpus import GpuProcessRow, GpuRow
-from smartproxy.state.manager_row import manager_row
+from smartproxy.state.manager_row import HEARTBEAT_STALE_S, manager_row
 from smartproxy.state.models import ModelRow
 from smartproxy.state.server_row import ServerRow
 from smartproxy.state.store import Store
@@ -137,6 +137,7 @@ UNKNOWN_MANAGER: dict[str, Any] = {
     "alive": False,
     "heartbeat_age": None,
     "started_at": None,
+    "pass_age": None,
     "stopping": False,
     "llama_server": None,
     "build": None,
@@ -152,7 +153,8 @@ def manager(store: Store, *, now: float) -> dict[str, Any]:
         "alive": row.alive(now),
         "heartbeat_age": round(age_s, 3) if age_s is not None else None,
         "started_at": row.started_at,
-        "stopping": row.stopping,
+        "pass_age": round(row.pass_age_s, 3) if row.pass_age_s is not None else None,
+        "stopping": row.ending(),
         "llama_server": row.llama_server,
         "build": row.build,
     }
@@ -165,6 +167,8 @@ def reasons(listed: list[Server], gpus: GPUPoolStatus, boss: dict[str, Any]) -> 
         found.append("the manager is not running")
     elif not boss["alive"]:
         found.append(f"the manager gave no sign for {boss['heartbeat_age']:.0f} s")
+    elif (boss["pass_age"] or 0) > HEARTBEAT_STALE_S:
+        found.append(f"the manager gives signs, but its loop stands for {boss['pass_age']:.0f} s")
     found += [f"gpu {gpu.id}: {gpu.error}" for gpu in gpus.gpu_list if gpu.error]
     found += [s.reason or f"{s.model_id} failed" for s in listed if s.state == ServerState.FAILED]
     return found

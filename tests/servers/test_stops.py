@@ -1,0 +1,163 @@
+"""Starts and stops: who is told to end, what goes on meanwhile, and that nobody meets nobody."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import requests
+
+from tests.support.paths import ROOT
+from tests.support.running import Proxy, Streaming, fake_model, running, wait_until
+
+FRESH = {"Connection": "close"}
+
+
+def family(proxy: Proxy) -> list[psutil.Process]:
+    assert proxy.process is not None
+    return [*psutil.Process(proxy.process.pid).children(recursive=True), *proxy.llama_servers()]
+
+
+def gunicorn_of(proxy: Proxy) -> list[psutil.Process]:
+    assert proxy.process is not None
+    children = psutil.Process(proxy.process.pid).children()
+    return [child for child in children if "gunicorn_conf" in " ".join(child.cmdline())]
+
+
+def manager_is_another(proxy: Proxy, old: int) -> bool:
+    manager = proxy.health()["manager"]
+    return bool(manager["alive"] and manager["pid"] not in (None, old))
+
+
+# starting
+
+
+def test_serve_says_serving_only_when_it_serves(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model()}) as proxy:
+        wait_until(lambda: "serving on http" in proxy.log(), what="it says so")
+        log = proxy.log()
+        assert log.index("starting, to serve on http") < log.index("manager up")
+        assert log.index("manager up") < log.index("INFO smartproxy.serving.supervisor serving on")
+
+
+def test_serve_that_can_not_start_never_says_serving(tmp_path: Path) -> None:
+    proxy = Proxy(tmp_path, {"m": fake_model()}, llama_server="/bin/false")
+    argv = [sys.executable, "-m", "smartproxy.cli", "serve", "--config", str(proxy.config_path)]
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "manager.sock").mkdir()  # the manager can't begin with this
+    process = subprocess.Popen(
+        [*argv, "--port", str(proxy.port)], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        wait_until(lambda: requests_answer(proxy), what="a worker answers")
+    finally:
+        process.terminate()
+        _, told = process.communicate(timeout=60)
+    assert "starting, to serve on" in told
+    assert "serving on" not in told.replace("to serve on", "")
+
+
+def requests_answer(proxy: Proxy) -> bool:
+    try:
+        return requests.get(f"{proxy.url}/health", timeout=5).status_code == 200
+    except requests.RequestException:
+        return False
+
+
+# the manager leaves and comes back
+
+
+def test_the_managers_term_keeps_the_servers_and_their_streams(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model(), "n": fake_model()}) as proxy:
+        stream = Streaming(proxy, "m", chunks=150)
+        server, old = proxy.llama_servers()[0].pid, proxy.manager_pid()
+        os.kill(old, signal.SIGTERM)
+        assert proxy.chat("n").status_code == 200  # waits for the next manager
+        wait_until(lambda: manager_is_another(proxy, old), what="another manager")
+        assert [line for line in stream.lines if line][-1] == b"data: [DONE]"
+        assert server in [each.pid for each in proxy.llama_servers()]
+        assert proxy.states() == {"m": "ready", "n": "ready"}
+        assert f"adopted server 1 pid={server}" in proxy.log()
+
+
+def test_a_manager_that_watches_a_load_leaves_at_once(tmp_path: Path) -> None:
+    models = {"m": fake_model(load_s=3)}
+    with running(tmp_path, models) as proxy, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(proxy.chat, "m")
+        wait_until(lambda: proxy.rows("SELECT 1 FROM servers WHERE pid"), what="it loads")
+        old = proxy.manager_pid()
+        os.kill(old, signal.SIGTERM)
+        wait_until(lambda: not psutil.pid_exists(old), what="it left")
+        assert proxy.states()["m"] == "starting"
+        assert waiting.result().status_code == 200
+        assert len(proxy.rows("SELECT id FROM servers")) == 1
+
+
+def test_a_reload_signal_ends_nobody(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model()}) as proxy:
+        stream = Streaming(proxy, "m", chunks=100)
+        pids = {each.pid for each in family(proxy)}
+        assert proxy.process is not None
+        wait_until(lambda: "serving on" in proxy.log(), what="all up")
+        proxy.process.send_signal(signal.SIGHUP)
+        os.kill(proxy.manager_pid(), signal.SIGHUP)
+        wait_until(lambda: proxy.log().count("not read again yet") >= 1, what="it is said")
+        assert [line for line in stream.lines if line][-1] == b"data: [DONE]"
+        assert {each.pid for each in family(proxy)} == pids
+
+
+# stopping
+
+
+def test_who_comes_while_serve_stops_is_told_so_at_once(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model()}) as proxy:
+        stream = Streaming(proxy, "m", chunks=150)
+        assert proxy.process is not None
+        proxy.process.terminate()
+        wait_until(lambda: health_code(proxy) == 503, what="it is told")
+        for _ in range(20):
+            answer = proxy.chat("m")
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "shutting_down"
+            assert answer.headers["X-Smartproxy-Error"] == "shutting_down"
+            assert answer.headers["Retry-After"]
+        assert [line for line in stream.lines if line][-1] == b"data: [DONE]"
+        assert proxy.process.wait(60) == 0
+
+
+def health_code(proxy: Proxy) -> int:
+    return requests.get(f"{proxy.url}/health", headers=FRESH, timeout=5).status_code
+
+
+def test_a_second_signal_ends_everything_at_once(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model(ignore_term=2)}) as proxy:
+        stream = Streaming(proxy, "m")
+        everybody = family(proxy)
+        assert proxy.process is not None
+        proxy.process.terminate()
+        wait_until(lambda: health_code(proxy) == 503, what="it stops")
+        proxy.process.send_signal(signal.SIGINT)
+        # streams would go on for 30 s, and servers that ignore TERM for 7 more
+        assert proxy.process.wait(25) == 0
+        assert psutil.wait_procs(everybody, timeout=5)[1] == []
+        stream.close()
+
+
+def test_another_gunicorn_takes_over_while_the_old_one_finishes(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model()}) as proxy:
+        stream = Streaming(proxy, "m", chunks=250)
+        (old,) = gunicorn_of(proxy)
+        old.terminate()
+        wait_until(lambda: len(gunicorn_of(proxy)) == 2, what="two of them")
+        assert proxy.chat("m").status_code == 200
+        assert old.is_running()
+        assert [line for line in stream.lines if line][-1] == b"data: [DONE]"
+        psutil.wait_procs([old], timeout=30)
+        assert proxy.chat("m").status_code == 200
+        assert len(gunicorn_of(proxy)) == 1
+        assert "shutting_down" not in proxy.log()
