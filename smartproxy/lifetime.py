@@ -1,6 +1,6 @@
 """Who lives as long as whom: ending with the parent, and knowing a process for sure.
 
-A pid alone names nobody for long; with the process's start time it names one process for ever.
+A pid alone names nobody for long; with the ticks of its start it names one process for ever.
 """
 
 from __future__ import annotations
@@ -65,35 +65,36 @@ def tethered(argv: Sequence[str]) -> list[str]:
     return [sys.executable, "-S", "-E", "-c", _TETHERED, str(os.getpid()), *argv]
 
 
-def started_at(pid: int) -> float | None:
-    """Return a process's start time in Unix seconds; None when it is gone (zombies are)."""
+def start_ticks(pid: int) -> int | None:
+    """Return when a process started, in ticks since the boot; None when it is gone (zombies are).
+
+    Setting the clock changes nothing about it, unlike about Unix seconds, which are computed from
+    the clock as it stands. Source: proc_pid_stat(5), fields 3 and 22.
+    """
     try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        created: float = process.create_time()
-    except psutil.Error:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
         return None
-    return created
+    # the name in parentheses may hold anything, parentheses too
+    fields = stat.rpartition(b")")[2].split()
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
-def same_process(pid: int | None, process_started_at: float | None) -> bool:
+def same_process(pid: int | None, ticks: int | None) -> bool:
     """Return whether this very process still lives."""
-    if pid is None or process_started_at is None:
-        return False
-    now = started_at(pid)
-    return now is not None and abs(now - process_started_at) < 0.05
+    return pid is not None and ticks is not None and start_ticks(pid) == ticks
 
 
 def worker_id() -> str:
-    """Return this process's name in the state file: pid and start time."""
-    return f"{os.getpid()}:{started_at(os.getpid()):.2f}"
+    """Return this process's name in the state file: pid and start ticks."""
+    return f"{os.getpid()}:{start_ticks(os.getpid())}"
 
 
 def worker_alive(name: str) -> bool:
     """Return whether the process a worker id names still lives."""
-    pid, _, created = name.partition(":")
-    return same_process(int(pid), float(created))
+    pid, _, ticks = name.partition(":")
+    # an earlier version wrote Unix seconds: none of its workers lives
+    return pid.isdecimal() and ticks.isdecimal() and same_process(int(pid), int(ticks))
 
 
 def owned_processes(owner: str) -> list[psutil.Process]:

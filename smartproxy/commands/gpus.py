@@ -6,7 +6,6 @@ stands below the table.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,13 +34,13 @@ def gpus_command(config: Path | None, state_dir: Path | None, processes: bool) -
         raise ManagerDown(f"no state file {path}: has `smartproxy serve` run with this state_dir?")
     store = Store(path)
     try:
-        pool, manager = view.pool(store, settings), manager_row(store)
+        pool, manager, now = view.pool(store, settings), manager_row(store), store.now()
     finally:
         store.close_all()
     click.echo(gpu_table(pool.gpu_list) if pool.gpu_list else "no GPUs: models run on the CPU")
     if processes and pool.gpu_list:
         click.echo("\n" + process_table(pool.gpu_list))
-    click.echo("\n" + age_line(pool.observed_at, manager.mode_reason, now=time.time()))
+    click.echo("\n" + age_line(pool.observed_at, manager.mode_reason, now=now))
 
 
 def gpu_table(gpus: Sequence[GPU]) -> str:

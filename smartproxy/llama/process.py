@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from smartproxy.lifetime import same_process, started_at
+from smartproxy.lifetime import same_process, start_ticks
 
 #: TERM, this long, TERM again, this long, KILL. A stream in flight makes llama-server ignore the
 #: first TERM for up to its ping interval; the second always ends it.
@@ -27,14 +27,14 @@ class Child:
     """A llama-server process, ours by birth (popen) or adopted."""
 
     pid: int
-    started_at: float
+    start_ticks: int
     popen: subprocess.Popen[bytes] | None = field(default=None, compare=False)
 
     def alive(self) -> bool:
         """Return whether it still runs; reaps it if it is ours and has ended."""
         if self.popen is not None:
             return self.popen.poll() is None
-        return same_process(self.pid, self.started_at)
+        return same_process(self.pid, self.start_ticks)
 
     def exit_code(self) -> int | None:
         """Return its exit code (negative: the signal); None while it runs or if adopted."""
@@ -72,15 +72,15 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], log_path: Path) -> Child:
         )
     finally:
         os.close(descriptor)
-    # it can't be reaped by anybody else before we ask, so it has a start time even if it ended
-    return Child(pid=popen.pid, started_at=started_at(popen.pid) or time.time(), popen=popen)
+    # 0: it has ended already
+    return Child(pid=popen.pid, start_ticks=start_ticks(popen.pid) or 0, popen=popen)
 
 
-def adopt(pid: int | None, process_started_at: float | None) -> Child | None:
+def adopt(pid: int | None, ticks: int | None) -> Child | None:
     """Return the child of an earlier manager if that very process still lives."""
-    if pid is None or process_started_at is None or not same_process(pid, process_started_at):
+    if pid is None or ticks is None or not same_process(pid, ticks):
         return None
-    return Child(pid=pid, started_at=process_started_at)
+    return Child(pid=pid, start_ticks=ticks)
 
 
 def stop(child: Child, *, grace_s: float = TERM_GRACE_S) -> str:

@@ -59,6 +59,8 @@ HEARTBEAT_S = 1.0
 #: pause between passes while models wait for room
 WAITING_TICK_S = 0.02
 IDLE_TICK_S = 1.0
+#: a clock that is off by more was set, not read late
+CLOCK_JUMP_S = 2.0
 #: how long requests in flight may go on in a full stop: as gunicorn's graceful_timeout
 STOP_GRACE_S = 30.0
 #: TERM, TERM and KILL of every server at once, with room to spare
@@ -117,7 +119,7 @@ def make_manager(tools: Tools) -> Manager:
         children=Children(),
         lingering=lingering,
         view=view,
-        failures=Failures(),
+        failures=Failures(tools.store.now),
         shortages=shortages,
     )
     sources = Sources(
@@ -125,7 +127,7 @@ def make_manager(tools: Tools) -> Manager:
         view=view,
         lingering=lingering,
         shortages=shortages,
-        recent=recent_use.load(tools.store, time.time()),
+        recent=recent_use.load(tools.store, tools.store.now()),
     )
     return Manager(tools=tools, loading=loading, sources=sources)
 
@@ -135,8 +137,8 @@ def _serve(manager: Manager, doorbell: Doorbell, orders: Orders) -> NoReturn:
     update_manager(
         tools.store,
         pid=os.getpid(),
-        started_at=time.time(),
-        heartbeat_at=time.time(),
+        started_at=tools.store.now(),
+        heartbeat_at=tools.store.now(),
         stopping=False,
         llama_server=str(tools.binary.path),
         build=tools.binary.build,
@@ -230,13 +232,14 @@ class Says:
 def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler, says: Says) -> int:
     tools, view, orders = manager.tools, manager.loading.view, says.orders
     done = Pass(waiting=False, decision_s=0.0)
+    clock_s = _clock_ahead_s()
     while not tools.stopping.is_set():
         # servers live on; the next manager makes the file anew and finds them
         if not tools.store.path.exists() or tools.store.moved():
             logger.error("state file %s vanished: starting anew", tools.store.path)
             return EXIT_STATE_LOST
         try:
-            done = tick(manager, time.time())
+            done = tick(manager, tools.store.now())
         except Exception:  # the tick boundary: one bad pass must not take the servers down
             logger.exception("tick failed")
             done = Pass(waiting=False, decision_s=0.0)
@@ -247,6 +250,9 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler, 
         said = doorbell.wait(min(pause_s, IDLE_TICK_S))
         if b"look" in said:
             view.want_look()
+        if abs(_clock_ahead_s() - clock_s) > CLOCK_JUMP_S:
+            clock_s = _clock_ahead_s()
+            _run_all_now(scheduler)
         if view.take_wanted():
             scheduler.modify_job("look", next_run_time=_now())
         if orders.reload:
@@ -271,26 +277,38 @@ def _end_all(manager: Manager) -> None:
         list(tools.threads.map(process.stop, manager.loading.children.snapshot().values()))
 
 
+def _clock_ahead_s() -> float:
+    """Return what the wall clock is ahead of monotonic seconds: the same until somebody sets it."""
+    return time.time() - time.monotonic()
+
+
+def _run_all_now(scheduler: BackgroundScheduler) -> None:
+    """Set jobs to now: a clock set back by an hour would have them wait for an hour."""
+    logger.warning("the clock was set")
+    for job in scheduler.get_jobs():
+        job.modify(next_run_time=_now())
+
+
 def _refuse_all(store: Store) -> None:
     ids = [demand.id for demand in demand_rows.open_demands(store)]
     demand_rows.answer(
         store,
         ids,
-        now=time.time(),
+        now=store.now(),
         error_code=ShuttingDown.code,
         message="the proxy is being stopped",
     )
 
 
 def _heartbeat(store: Store, beat: Beat) -> None:
-    now = time.time()
+    now = store.now()
     update_manager(store, heartbeat_at=now, pass_age_s=time.monotonic() - beat.at)
     dead = [name for name in leases.workers_seen(store) if not worker_alive(name)]
     leases.clear_expired(store, now=now, dead_workers=dead)
 
 
 def _tidy(tools: Tools) -> None:
-    server_rows.prune(tools.store, now=time.time())
+    server_rows.prune(tools.store, now=tools.store.now())
     events.prune(tools.store)
     measurements.prune(tools.store)
     trim_logs(tools)

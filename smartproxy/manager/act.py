@@ -220,7 +220,8 @@ def _end_more(loading: Loading, *, grace_s: float, passed_s: float) -> bool:
 
     Returns whether anything is left.
     """
-    store, now, reason = loading.tools.store, time.time(), "the proxy is being stopped"
+    store, reason = loading.tools.store, "the proxy is being stopped"
+    now = store.now()
     notice_exits(loading, now)
     for row in server_rows.live_servers(store):
         if row.state == ServerState.READY:

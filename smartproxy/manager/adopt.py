@@ -8,12 +8,11 @@ When the state file was lost, servers are found by the mark in their environment
 from __future__ import annotations
 
 import logging
-import time
 
 import psutil
 
 from smartproxy.errors import StateRefused, UpstreamError
-from smartproxy.lifetime import OWNER_VARIABLE, owned_processes
+from smartproxy.lifetime import OWNER_VARIABLE, owned_processes, start_ticks
 from smartproxy.llama import process
 from smartproxy.llama.command import read_command
 from smartproxy.manager import measure
@@ -31,7 +30,7 @@ def adopt_all(loading: Loading) -> None:
     """Bring rows and processes together again."""
     tools = loading.tools
     for row in server_rows.live_servers(tools.store):
-        child = process.adopt(row.pid, row.pid_started_at)
+        child = process.adopt(row.pid, row.pid_start_ticks)
         if child is None:
             _settle_dead(tools, row, "it ended while no manager was running")
         else:
@@ -61,12 +60,12 @@ def carry_on(loading: Loading) -> None:
         if child is not None and child.alive():
             if row.pid != child.pid:
                 server_rows.update_server(
-                    loading.tools.store, row.id, pid=child.pid, pid_started_at=child.started_at
+                    loading.tools.store, row.id, pid=child.pid, pid_start_ticks=child.start_ticks
                 )
             _go_on(loading, row)
         else:
             loading.children.take(row.id)
-            loading.lingering.note_end(row.id, time.time())
+            loading.lingering.note_end(row.id, loading.tools.store.now())
             _settle_dead(loading.tools, row, "it ended, and the state file could not be written")
     _end_rowless(loading, {row.id for row in live})
 
@@ -96,7 +95,7 @@ def _go_on(loading: Loading, row: LiveServer) -> None:
     elif state == ServerState.STARTING:
         reason = f"no model '{row.model_id}' is configured any more"
         if server_rows.transition(
-            tools.store, row.id, state, ServerState.STOPPING, now=time.time(), reason=reason
+            tools.store, row.id, state, ServerState.STOPPING, now=tools.store.now(), reason=reason
         ):
             on_server(loading, row.id, take_down)
     elif state == ServerState.READY:
@@ -109,7 +108,7 @@ def _go_on(loading: Loading, row: LiveServer) -> None:
 
 def _settle_dead(tools: Tools, row: LiveServer, reason: str) -> None:
     """A process that ended while nobody watched: its row ends too."""
-    state, now = row.state, time.time()
+    state, now = row.state, tools.store.now()
     if state == ServerState.STARTING:
         # no failure of the model: who waits for it gets a new start
         for before, after in (
@@ -133,7 +132,7 @@ def _adopt_unknown(loading: Loading, found: psutil.Process) -> None:
         new = _new_server(tools, found)
     except (psutil.Error, KeyError, ValueError, IndexError):
         new = None
-    child = process.adopt(found.pid, found.create_time())
+    child = process.adopt(found.pid, start_ticks(found.pid))
     if child is None:
         return
     if new is None or new.model_id not in tools.catalog.models:
@@ -142,7 +141,7 @@ def _adopt_unknown(loading: Loading, found: psutil.Process) -> None:
         return
     try:
         server_id = server_rows.insert_server(
-            tools.store, new, [], now=time.time(), reason="adopted: its row was lost"
+            tools.store, new, [], now=tools.store.now(), reason="adopted: its row was lost"
         )
     except StateRefused:
         process.stop(child)
@@ -164,7 +163,7 @@ def _new_server(tools: Tools, found: psutil.Process) -> NewServer:
         log_path=str(tools.log_dir / f"adopted-{found.pid}.log"),
         settings_key="",
         pid=found.pid,
-        pid_started_at=found.create_time(),
+        pid_start_ticks=start_ticks(found.pid),
         context_size=said.context_size,
         parallel=said.parallel,
         gpu_layers=said.gpu_layers,

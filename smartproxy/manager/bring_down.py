@@ -76,7 +76,7 @@ def drain(ending: Ending, server_id: int, *, only_if_idle: bool = False) -> None
         server_id,
         ServerState.DRAINING,
         ServerState.STOPPING,
-        now=time.time(),
+        now=ending.tools.store.now(),
         reason="drained",
     ):
         take_down(ending, server_id)
@@ -84,7 +84,7 @@ def drain(ending: Ending, server_id: int, *, only_if_idle: bool = False) -> None
 
 def _keep(tools: Tools, server_id: int, slots: int) -> None:
     """Take a server back that was in use after all; the next decision sees its slots."""
-    now = time.time()
+    now = tools.store.now()
     server_rows.transition(
         tools.store,
         server_id,
@@ -107,13 +107,13 @@ def take_down(ending: Ending, server_id: int, grace_s: float = process.TERM_GRAC
     child = ending.children.get(server_id)
     began = time.monotonic()
     said = process.stop(child, grace_s=grace_s) if child is not None else "it had no process"
-    ending.lingering.note_end(server_id, time.time())
+    ending.lingering.note_end(server_id, ending.tools.store.now())
     server_rows.transition(
         ending.tools.store,
         server_id,
         ServerState.STOPPING,
         ServerState.STOPPED,
-        now=time.time(),
+        now=ending.tools.store.now(),
         reason=f"{said}, {time.monotonic() - began:.2f} s",
         exit_code=child.exit_code() if child else None,
     )

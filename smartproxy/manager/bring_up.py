@@ -129,7 +129,7 @@ def _start_and_wait(
             child = process.spawn(argv, env, Path(row.log_path))
             loading.children.add(server_id, child)
         server_rows.update_server(
-            tools.store, server_id, pid=child.pid, pid_started_at=child.started_at
+            tools.store, server_id, pid=child.pid, pid_start_ticks=child.start_ticks
         )
         # whoever stopped it before the process was there had nothing to end
         if server_rows.server(tools.store, server_id).state != ServerState.STARTING:
@@ -165,17 +165,18 @@ def _await_ready(loading: Loading, server_id: int, spec: ModelSpec) -> None:
         _check_deadlines(tools.settings, spec, waited_s=now - began, idle_s=progress.idle_s(now))
         every_s = max(FIRST_PROBE_EVERY_S, (now - began) * PROBE_SHARE)
         time.sleep(min(every_s, LAST_PROBE_EVERY_S))
-    load_s = time.time() - row.created_at
+    ready_at = tools.store.now()
+    load_s = ready_at - row.created_at
     server_rows.transition(
         tools.store,
         server_id,
         ServerState.STARTING,
         ServerState.READY,
-        now=time.time(),
+        now=ready_at,
         reason=f"ready after {load_s:.2f} s",
-        ready_at=time.time(),
+        ready_at=ready_at,
         load_s=load_s,
-        last_used_at=time.time(),
+        last_used_at=ready_at,
     )
     loading.failures.put_back(spec.id, None)
     loading.shortages.settled(spec.id)
@@ -278,7 +279,7 @@ def _out_of_memory(
 ) -> None:
     """Have the load tried once more, or carry it to failed with the numbers."""
     loading.children.take(server_id)
-    loading.lingering.note_end(server_id, time.time())
+    loading.lingering.note_end(server_id, loading.tools.store.now())
     tools, death = loading.tools, Death(server_id=server_id, spec=spec, error=error)
     if not shortage.try_again(tools, loading.shortages, loading.lingering, death):
         numbers = shortage.numbers(tools.store, loading.view, server_id)
@@ -291,7 +292,7 @@ def _failed(loading: Loading, server_id: int, model_id: str, error: SmartProxyEr
     child = loading.children.get(server_id)  # kept until it has ended: a full stop waits for it
     if child is not None:
         process.stop(child, grace_s=1.0)
-        loading.lingering.note_end(server_id, time.time())
+        loading.lingering.note_end(server_id, loading.tools.store.now())
         loading.children.take(server_id)
     # first, for once the row is no live one the next pass looks here for why not to start another
     before = loading.failures.add(model_id, error.code, str(error))
@@ -300,7 +301,7 @@ def _failed(loading: Loading, server_id: int, model_id: str, error: SmartProxyEr
         server_id,
         ServerState.STARTING,
         ServerState.FAILED,
-        now=time.time(),
+        now=loading.tools.store.now(),
         reason=str(error),
         error_code=error.code,
         error_message=str(error),

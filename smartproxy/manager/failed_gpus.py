@@ -8,8 +8,6 @@ computing: it gets nothing new, and after UNREADABLE_S its servers finish what t
 
 from __future__ import annotations
 
-import time
-
 from smartproxy.gpus.types import Gpu
 from smartproxy.manager.bring_down import Ending, on_server, stop_starting, take_down, unload
 from smartproxy.manager.gpu_watch import GpuView
@@ -69,6 +67,6 @@ def _end(ending: Ending, row: LiveServer, reason: str, now: float) -> None:
             store, server_id, state, ServerState.DRAINING, now=now, reason=reason
         )
     if server_rows.transition(
-        store, server_id, ServerState.DRAINING, ServerState.STOPPING, now=time.time(), reason=reason
+        store, server_id, ServerState.DRAINING, ServerState.STOPPING, now=store.now(), reason=reason
     ):
         on_server(ending, server_id, take_down, GRACE_S)

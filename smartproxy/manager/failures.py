@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 FIRST_BACKOFF_S = 1.0
@@ -16,7 +16,7 @@ class Failure:
 
     code: str
     message: str
-    #: Unix seconds
+    #: by the store's clock
     at: float
     #: failures in a row, this one counted
     times: int
@@ -30,7 +30,8 @@ class Failure:
 class Failures:
     """The last failure of each model since it loaded last. Any thread may use it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         #: written under the lock, by add and put_back
         self._by_model: dict[str, Failure] = {}
@@ -45,7 +46,7 @@ class Failures:
         with self._lock:
             before = self._by_model.get(model_id)
             times = before.times + 1 if before else 1
-            failure = Failure(code=code, message=message, at=time.time(), times=times)
+            failure = Failure(code=code, message=message, at=self._clock(), times=times)
             self._by_model[model_id] = failure
         return before
 

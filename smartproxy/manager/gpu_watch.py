@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from smartproxy.gpus.nvml import GpuObserver
 from smartproxy.gpus.types import Gpu, GpuSnapshot
@@ -76,11 +77,13 @@ class Watcher:
 
     def look(self) -> None:
         """Take a snapshot, write it down, and wake the planner when what it may use changed."""
+        store = self._tools.store
         with self._looking:
-            seen = self._seen()
+            began = store.now()
+            seen = replace(self._seen(), observed_at=began)
         self._tell(seen)
         # before the planner has it: no model is placed on a GPU that the file does not know yet
-        gpus.write_snapshot(self._tools.store, seen, now=time.time())
+        gpus.write_snapshot(store, seen, now=store.now())
         first, self._view.seen = self._view.seen is None, seen
         if first or seen.gpus:
             self._tools.poke()
@@ -89,7 +92,7 @@ class Watcher:
         if self._observer is not None:
             return self._observer.observe()
         off = "enable_gpu_monitoring is false"
-        return GpuSnapshot(gpus=(), observed_at=time.time(), reason=off)
+        return GpuSnapshot(gpus=(), observed_at=0.0, reason=off)
 
     def _tell(self, seen: GpuSnapshot) -> None:
         """Log the mode once, and again when it changes: without a driver that is one warning."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def expect(
     options = options_key(spec, loaded, build)
     predicted = buffers_of(predictor(loaded)(layout))
     host = MeasurementRow(
-        at=time.time(),
+        at=tools.store.now(),
         model_id=spec.id,
         server_id=server_id,
         build=build,
@@ -119,7 +118,7 @@ def after_load(tools: Tools, view: GpuView, server_id: int) -> None:
     }
     if HOST in seen:
         buffers[measurements.HOST] = seen[HOST].buffers_bytes
-    measurements.fill_buffers(tools.store, server_id, buffers, now=time.time())
+    measurements.fill_buffers(tools.store, server_id, buffers, now=tools.store.now())
     for part in expected:
         _tell_of_buffers(tools, view, row, part, buffers.get(part.device, 0))
     spec = tools.catalog.models.get(row.model_id)
@@ -186,7 +185,7 @@ def _sample_host(tools: Tools, row: ServerRow) -> None:
 
 
 def _sample_gpus(tools: Tools, view: GpuView, row: LiveServer, parts: list[AssignmentRow]) -> None:
-    now, warm = time.time(), (row.prompt_tokens_total or 0) >= WARM_TOKENS
+    now, warm = tools.store.now(), (row.prompt_tokens_total or 0) >= WARM_TOKENS
     shown = {
         gpu.uuid: process.used_bytes
         for gpu in view.gpus
@@ -242,7 +241,7 @@ def _learn_overhead(
     if known and known.overhead_bytes >= overhead and known.warm >= warm:
         return
     measurements.learn_overhead(
-        store, part.device, build, overhead_bytes=overhead, warm=warm, now=time.time()
+        store, part.device, build, overhead_bytes=overhead, warm=warm, now=tools.store.now()
     )
     if known and known.overhead_bytes >= overhead:
         return  # only believed more now
@@ -268,7 +267,7 @@ def _tell(tools: Tools, message: str, row: ServerRow, part: MeasurementRow, leve
     gpu_uuid = None if part.device == measurements.HOST else part.device
     where: dict[str, Any] = {"model_id": row.model_id, "server_id": row.id}
     events.event(
-        tools.store, time.time(), "estimate", message, gpu_uuid=gpu_uuid, level=level, **where
+        tools.store, tools.store.now(), "estimate", message, gpu_uuid=gpu_uuid, level=level, **where
     )
 
 

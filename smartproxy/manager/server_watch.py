@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from smartproxy.llama.http import counters
+from smartproxy.llama.http import Counters, counters
 from smartproxy.manager.context import Tools
 from smartproxy.state import servers as server_rows
 from smartproxy.state.server_row import LiveServer, ServerColumns
+from smartproxy.state.store import Store
 from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
@@ -24,28 +23,30 @@ def watch(tools: Tools) -> None:
     ready = [r for r in server_rows.live_servers(tools.store) if r.state == ServerState.READY]
     if not ready:
         return
+
+    def ask(row: LiveServer) -> ServerColumns:
+        return _ask(row, tools.store)
+
     with ThreadPoolExecutor(max_workers=min(8, len(ready))) as pool:
-        for row, seen in zip(ready, pool.map(_ask, ready), strict=True):
+        for row, seen in zip(ready, pool.map(ask, ready), strict=True):
             if seen:
                 server_rows.update_server(tools.store, row.id, **seen)
 
 
-def _ask(row: LiveServer) -> ServerColumns:
+def _ask(row: LiveServer, store: Store) -> ServerColumns:
     """Return columns, or nothing when the server does not answer in time."""
     said = counters(row.port, row.api_key)
-    return {} if said is None else _columns(row, said.metrics, said.slots)
+    return {} if said is None else _columns(row, said, store.now())
 
 
-def _columns(
-    row: LiveServer, metrics: dict[str, float], slots: list[dict[str, Any]]
-) -> ServerColumns:
-    now = time.time()
+def _columns(row: LiveServer, said: Counters, now: float) -> ServerColumns:
+    metrics, slots = said.metrics, said.slots
     predicted = metrics.get("tokens_predicted_total", 0.0)
     # the server's own tokens/s gauge is reset by every scrape: the counters are not
     before, before_at = row.predicted_tokens_total, row.watched_at
     rate = 0.0
     if before is not None and before_at is not None:
-        rate = max(0.0, predicted - before) / (now - before_at)
+        rate = max(0.0, predicted - before) / max(0.001, now - before_at)
     busy = sum(bool(slot.get("is_processing")) for slot in slots)
     seen: ServerColumns = {
         "watched_at": now,

@@ -154,7 +154,7 @@ def numbers(store: Store, view: GpuView, server_id: int) -> str:
 def _stop(
     store: Store, server_id: int, before: ServerState, after: ServerState, reason: str
 ) -> bool:
-    return server_rows.transition(store, server_id, before, after, now=time.time(), reason=reason)
+    return server_rows.transition(store, server_id, before, after, now=store.now(), reason=reason)
 
 
 def _await_memory(tools: Tools, lingering: Lingering, server_id: int) -> None:

@@ -36,7 +36,7 @@ def ask_manager(store: Store, state_dir: Path, question: Question) -> dict[str, 
     Raises what it answers with, ManagerDown, ShuttingDown or LoadTimeout.
     """
     kind, model_id = question.kind, question.model_id
-    worker, now = worker_id(), time.time()
+    worker, now = worker_id(), store.now()
     try:
         demand_id = demand_rows.ask(store, kind, model_id, worker, now=now, explicit=True)
     except StateError as error:
@@ -66,13 +66,13 @@ def _await(store: Store, worker: str, demand_id: int, question: Question) -> dic
         view = manager_view(store)
         if view.ending():
             raise ShuttingDown("the proxy is being stopped")
-        if view.alive(time.time()):
+        if view.alive(store.now()):
             silent_since = None
         elif silent_since is None:
             silent_since = now
         elif now - silent_since > question.patience_s:
             raise ManagerDown(f"the manager does not answer; '{question.kind}' was not done")
         if now > renew_at:
-            leases.renew(store, worker, now=time.time())
+            leases.renew(store, worker, now=store.now())
             renew_at = now + leases.RENEW_S
         time.sleep(LOOK_EVERY_S)

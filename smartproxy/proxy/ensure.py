@@ -121,7 +121,7 @@ class Broker:
         server_id = lease.server_id
         self._in_flight[server_id] -= 1
         if self._in_flight[server_id] == 0:
-            used_at = time.time()
+            used_at = self._store.now()
             asyncio.get_running_loop().call_later(LINGER_S, self._give_back, server_id, used_at)
 
     async def _take(self, server_id: int) -> bool:
@@ -143,14 +143,16 @@ class Broker:
                 if _came_to_nothing(writing) and self._leases.get(server_id) is writing:
                     del self._leases[server_id]
                 elif self._in_flight[server_id] == 0:
-                    self._give_back(server_id, time.time())
+                    self._give_back(server_id, self._store.now())
         return taken
 
     async def _write_lease(self, server_id: int) -> bool:
         """Return whether the server can be used: it is ready, or the file can't say otherwise."""
         try:
             taken = await self._write(
-                lambda: leases.take_lease(self._store, self._worker, server_id, now=time.time())
+                lambda: leases.take_lease(
+                    self._store, self._worker, server_id, now=self._store.now()
+                )
             )
         except StateError as error:
             # a server that is ready answers without a lease; before its end its slots are asked too
@@ -182,7 +184,9 @@ class Broker:
         while True:
             await asyncio.sleep(leases.RENEW_S)
             try:
-                await self._write(lambda: leases.renew(self._store, self._worker, now=time.time()))
+                await self._write(
+                    lambda: leases.renew(self._store, self._worker, now=self._store.now())
+                )
                 self._not_renewed.worked(time.monotonic())
             except StateError as error:
                 self._not_renewed.failed(error, time.monotonic())
@@ -238,7 +242,7 @@ class Broker:
                         "load",
                         model_id,
                         self._worker,
-                        now=time.time(),
+                        now=self._store.now(),
                         max_queue=self._live.settings.max_queue,
                     )
                 )
@@ -278,7 +282,7 @@ class Broker:
         view = manager_view(self._store)
         if view.ending():
             raise ShuttingDown("the proxy is being stopped")
-        if view.alive(time.time()):
+        if view.alive(self._store.now()):
             return None
         if silent_since is None:
             return now

@@ -169,10 +169,13 @@ def waiting_requests(store: Store) -> int:
 def waiting_models(store: Store) -> list[WaitingModel]:
     """Return the models that requests wait for, longest first."""
     rows = store.read(
-        "SELECT l.model AS model_id, l.requests, l.waiting_s, l.state,"
+        "SELECT l.model AS model_id, l.requests, l.state,"
+        " round(:now - (SELECT min(asked_at) FROM demands d WHERE d.model_id = l.model"
+        " AND d.kind = 'load' AND d.answered_at IS NULL), 1) AS waiting_s,"
         " coalesce(nullif(l.waits_for, ''), s.reason) AS reason"
         " FROM loads l LEFT JOIN servers s ON s.model_id = l.model"
-        f" AND s.state IN {LIVE} ORDER BY l.waiting_s DESC"
+        f" AND s.state IN {LIVE} ORDER BY waiting_s DESC",
+        {"now": store.now()},
     )
     return [WaitingModel.from_row(row) for row in rows]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from sqlite_utils import Database, Migrations
 
 from smartproxy.errors import StateError
+from smartproxy.state import clock
 from smartproxy.state.store import Store, connect
 
 migrations = Migrations("smartproxy")
@@ -50,6 +51,7 @@ def _prepare(path: Path) -> None:
         if broken != "ok":
             raise sqlite3.DatabaseError(broken)
         migrations.apply(Database(connection))
+        clock.set_for_this_boot(connection)
         # a file of ours from another age, or somebody else's: not usable
         connection.execute("SELECT generation FROM manager WHERE id = 1").fetchone()[0]
     finally:
@@ -80,6 +82,18 @@ def tables(db: Database) -> None:
 def pass_age(db: Database) -> None:
     """How long the manager's loop stands."""
     db.execute("ALTER TABLE manager ADD COLUMN pass_age_s REAL")
+
+
+@migrations(name="0003_clock")
+def clock_table(db: Database) -> None:
+    """Bring a file up to date whose tables were made before there was a clock."""
+    if "clock" in db.table_names():
+        return
+    db.execute(
+        "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 1), boot_id TEXT NOT NULL,"
+        " offset_s REAL NOT NULL)"
+    )
+    db.execute("ALTER TABLE servers RENAME COLUMN pid_started_at TO pid_start_ticks")
 
 
 def statements(script: str) -> Iterator[str]:

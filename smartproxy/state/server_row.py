@@ -18,8 +18,8 @@ class ServerRow:
     host: str
     port: int
     pid: int | None
-    #: the process's own start time: with the pid it names one process for ever
-    pid_started_at: float | None
+    #: when the process started, since the boot: with the pid it names one process
+    pid_start_ticks: int | None
     state: ServerState
     #: why it is in this state, in words
     reason: str | None
@@ -100,7 +100,7 @@ class NewServer:
     estimated_bytes: int | None = None
     host_estimated_bytes: int | None = None
     pid: int | None = None
-    pid_started_at: float | None = None
+    pid_start_ticks: int | None = None
 
 
 class ServerColumns(TypedDict, total=False):
@@ -108,7 +108,7 @@ class ServerColumns(TypedDict, total=False):
 
     port: int
     pid: int
-    pid_started_at: float
+    pid_start_ticks: int
     ready_at: float
     load_s: float
     exit_code: int | None

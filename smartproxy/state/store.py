@@ -6,18 +6,20 @@ read transaction that turns into a write may fail with SQLITE_BUSY whatever the 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from smartproxy.errors import StateError, StateRefused
+from smartproxy.state import clock
 
 #: seconds a writer waits for another; writes take well under a millisecond each
 BUSY_TIMEOUT_S = 10.0
@@ -96,9 +98,11 @@ class Store:
         weakref.finalize(self, close_every, self._all_open)
         self._log_path = path.with_name(path.name + "-wal")
         self._trim_not_before = 0.0
+        #: what the file adds to monotonic seconds; written when a thread opens the file
+        self._offset_s: float | None = None
 
     @our_errors()
-    def read(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+    def read(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Row]:
         """Return all rows of one SELECT. Raises StateError, as all of the store's methods do."""
         return self.connection().execute(sql, values).fetchall()
 
@@ -157,6 +161,16 @@ class Store:
             owned = self._open()
         return owned.connection
 
+    def now(self) -> float:
+        """Return Unix seconds to write into rows and to compare rows with: see clock.py."""
+        offset_s = self._offset_s
+        if offset_s is None:
+            with contextlib.suppress(StateError), our_errors():
+                self.connection()
+            offset_s = self._offset_s
+        # the file is not there yet, so that there is nothing to compare with either
+        return time.time() if offset_s is None else offset_s + time.monotonic()
+
     def close(self) -> None:
         """Close this thread's connection; the next use opens one anew."""
         owned = self._owned()
@@ -184,6 +198,7 @@ class Store:
         identity = identity_of(self.path)
         owned = Owned(connect(self.path), identity, self._all_open)
         self._local.owned = owned
+        self._offset_s = clock.offset_s(owned.connection)
         return owned
 
 

@@ -1,7 +1,7 @@
 -- The tables of state.db, who writes each, and the views a person reads (docs/state.md).
 --
--- One writing side per column: W = workers, M = the manager. Times are Unix seconds, memory is
--- bytes.
+-- One writing side per column: W = workers, M = the manager. Times are Unix seconds as if nobody
+-- had set the clock since `clock` was written; memory is bytes.
 
 -- M: one row, the manager itself
 CREATE TABLE manager (
@@ -24,6 +24,15 @@ CREATE TABLE manager (
 );
 INSERT INTO manager (id) VALUES (1);
 
+-- M: what turns the machine's monotonic seconds into Unix seconds that nobody sets (clock.py)
+CREATE TABLE clock (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    -- monotonic seconds begin anew at each boot
+    boot_id TEXT NOT NULL,
+    -- Unix seconds at monotonic second 0
+    offset_s REAL NOT NULL
+);
+
 -- M: every llama-server that lives or ended lately
 CREATE TABLE servers (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -31,8 +40,8 @@ CREATE TABLE servers (
     host TEXT NOT NULL DEFAULT '127.0.0.1',
     port INTEGER NOT NULL CHECK (port BETWEEN 1 AND 65535),
     pid INTEGER,
-    -- the process's own start time: with the pid it names one process for ever
-    pid_started_at REAL,
+    -- when the process started, since the boot: with the pid it names one process (clock.py)
+    pid_start_ticks INTEGER,
     state TEXT NOT NULL CHECK (state IN
         ('starting', 'ready', 'draining', 'stopping', 'stopped', 'failed')),
     -- why it is in this state, in words

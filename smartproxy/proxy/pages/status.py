@@ -5,7 +5,6 @@ Memory in GB = 2^30 bytes, times in seconds, `*_at` in Unix seconds. Reads only.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from smartproxy.config.settings import Settings
@@ -20,7 +19,7 @@ from smartproxy.types import GIB
 
 def status(store: Store, settings: Settings) -> dict[str, Any]:
     """Return the body of /status."""
-    now = time.time()
+    now = store.now()
     whole = view.health(store, settings)
     del whole["gpu_pool_status"]
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from smartproxy.catalog.catalog import Catalog, ModelSpec
@@ -176,7 +175,7 @@ def reasons(listed: list[Server], gpus: GPUPoolStatus, boss: dict[str, Any]) -> 
 
 def health(store: Store, settings: Settings) -> dict[str, Any]:
     """Return the body of /health."""
-    now = time.time()
+    now = store.now()
     listed, gpus, boss = servers(store, now=now), pool(store, settings), manager(store, now=now)
     why = reasons(listed, gpus, boss)
     row = manager_row(store)
@@ -199,7 +198,7 @@ def health(store: Store, settings: Settings) -> dict[str, Any]:
 def model_list(store: Store, catalog: Catalog) -> list[dict[str, Any]]:
     """Return the catalogue in OpenAI's shape, each with what we know under `smartproxy`."""
     known = models.models(store)
-    by_model = {row.model_id: row for row in server_rows.listed_servers(store, now=time.time())}
+    by_model = {row.model_id: row for row in server_rows.listed_servers(store, now=store.now())}
     return [
         _model(spec, known.get(spec.id), by_model.get(spec.id)) for spec in catalog.models.values()
     ]

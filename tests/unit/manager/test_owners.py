@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,7 @@ ROUNDS = 2000
 
 
 def child(number: int) -> Child:
-    return Child(pid=number + 1, started_at=0.0)
+    return Child(pid=number + 1, start_ticks=0)
 
 
 def at_once(*works: Callable[[], object]) -> None:
@@ -54,7 +55,7 @@ def test_a_child_is_taken_once() -> None:
 
 
 def test_failures_in_a_row_double_the_pause_until_one_is_put_back() -> None:
-    failures = Failures()
+    failures = Failures(time.time)
     assert failures.add("m", "load_timeout", "slow") is None
     first = failures.get("m")
     assert first is not None
@@ -71,7 +72,7 @@ def test_failures_in_a_row_double_the_pause_until_one_is_put_back() -> None:
 
 
 def test_no_failure_is_lost_when_threads_fail_together() -> None:
-    failures = Failures()
+    failures = Failures(time.time)
 
     def fail() -> None:
         for _ in range(ROUNDS):
