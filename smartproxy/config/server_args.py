@@ -97,7 +97,7 @@ def read_args(args: Iterable[str]) -> ExtraArgs:
     words, read, rest = list(args), ExtraArgs(), []
     while words:
         word = words.pop(0)
-        flag = _spelled_out(word)
+        flag = spelled_out(word)
         value = words[0] if words else ""
         consumed = _consumed(flag, value)
         if consumed is None:
@@ -110,7 +110,7 @@ def read_args(args: Iterable[str]) -> ExtraArgs:
     return replace(read, rest=tuple(rest))
 
 
-def _spelled_out(word: str) -> str:
+def spelled_out(word: str) -> str:
     """Return an option as llama-server's parser reads it: it takes `_` for `-` in long ones."""
     flag = word.split("=", 1)[0].strip()
     return flag.replace("_", "-") if flag.startswith("--") else flag
@@ -207,7 +207,7 @@ def args_problem(args: Iterable[str]) -> str | None:
     for arg in args:
         if "\0" in arg:
             return "must be text without NUL characters"
-        flag = _spelled_out(arg)
+        flag = spelled_out(arg)
         if flag in _INSTEAD:
             return f"{arg} is not allowed here: {_INSTEAD[flag]}"
         if flag.startswith("--") and flag.endswith("-default") and flag != "--spec-default":

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from smartproxy.config.known_holes import dangerous_args
 from smartproxy.config.server_args import args_problem, env_problem
 from smartproxy.config.values import (
     ApiKey,
@@ -125,6 +126,10 @@ class ModelSettings(_Section):
     """More arguments for llama-server (`["--no-mmap", "-t", "8"]`). An argument that the proxy
     decides is refused; the message names the key to use. Arguments that change memory (`-b`,
     `-ub`, `-fa`, `--swa-full`, `-nkvo`, ...) are part of the estimate (docs/memory.md)."""
+    allow_dangerous_args: bool = False
+    """Allow `args` that open its server to every client: `--tools`, `--agent`, `--ui-mcp-proxy`,
+    `--mcp-servers-config`, `--media-path`, `--path`, `--slot-save-path`, `--rpc`,
+    `--log-prompts-dir`, `--props` (docs/security.md)."""
     env: dict[str, str] = Field({}, repr=False)
     """Environment variables of its server. `LLAMA_ARG_*` and variables that choose GPUs are
     refused."""
@@ -168,6 +173,9 @@ class ModelSettings(_Section):
             raise ValueError("must have a path (a GGUF file) or a repo")
         if self.variant is not None and self.repo is None:
             raise ValueError("variant says which file of a repo: repo must be set too")
+        opened = dangerous_args(self.args)
+        if opened and not self.allow_dangerous_args:
+            raise ValueError(f'{opened[0]}; set "allow_dangerous_args": true if you want that')
         if self.cpu and (self.gpus is not None or self.max_gpus is not None):
             raise ValueError("cpu is true: gpus and max_gpus must not be set")
         return self
@@ -294,6 +302,21 @@ class Settings(_Section):
         if problem:
             raise ValueError(f"port: {problem}")
         return self
+
+    def dangers(self) -> tuple[str, ...]:
+        """Return one line for each thing that the start must say: who may do more than expected."""
+        opened = tuple(
+            f"models.{model_id}.args: {danger}"
+            for model_id, model in self.models.items()
+            for danger in dangerous_args(model.args)
+        )
+        if self.api_keys and not self.admin_keys:
+            return (
+                *opened,
+                "admin_keys: none, so that every key of api_keys may load and unload models and"
+                " read logs under /api/",
+            )
+        return opened
 
     def longest_wait_s(self, model_id: str) -> float:
         """Return how long a request may wait for a model: for room, then for its load."""

@@ -12,8 +12,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
+from smartproxy.config.known_holes import build_number
 from smartproxy.errors import ConfigError
 from smartproxy.types import MIB
 
@@ -82,12 +84,15 @@ def inspect(path: Path, library_dir: Path | None, environ: Mapping[str, str]) ->
     env = child_environment(environ, library_dir)
     version, usage = _ask(path, "--version", env), _ask(path, "--help", env)
     found = re.search(r"version: (.+)", version)
+    build = found.group(1).strip() if found else "unknown"
+    if library_dir is not None and build_number(build) is None:
+        build += _packaged_number(path)
     # levels came with their list in the help; before that, buffers were printed at any verbosity
     trace = re.search(r"^\s+- (\d+): trace\b", usage, re.M)
     return Binary(
         path=path,
         flags=frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", usage)),
-        build=found.group(1).strip() if found else "unknown",
+        build=build,
         library_dir=library_dir,
         trace_verbosity=int(trace.group(1)) if trace else None,
         devices=_devices(_ask(path, "--list-devices", env)),
@@ -101,6 +106,19 @@ def _devices(listed: str) -> tuple[Device, ...]:
         Device(name=name, description=description, total_bytes=int(mib) * MIB)
         for name, description, mib in found
     )
+
+
+def _packaged_number(path: Path) -> str:
+    """Return `, b10068` by the version of the package that a binary is in (0.10068.0), or nothing.
+
+    Packages are built of bare sources, so that their binaries don't know their number.
+    """
+    try:
+        said = metadata.version(path.parents[1].name)
+    except metadata.PackageNotFoundError:
+        return ""
+    number = build_number(said)
+    return f", b{number}" if number is not None else ""
 
 
 def child_environment(environ: Mapping[str, str], library_dir: Path | None) -> dict[str, str]:

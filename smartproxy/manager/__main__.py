@@ -23,6 +23,7 @@ from typing import NoReturn
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from smartproxy.catalog.live import Live
+from smartproxy.config.known_holes import build_problems
 from smartproxy.config.load import load_settings
 from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError, ShuttingDown, StateError
@@ -86,7 +87,7 @@ def main() -> int:
 
 
 def _run(settings: Settings, orders: Orders) -> NoReturn:
-    for warning in settings.warnings:
+    for warning in (*settings.warnings, *settings.dangers()):
         logger.warning("%s", warning)
     live = Live(settings)
     for warning in live.catalog.warnings:
@@ -104,6 +105,8 @@ def _run(settings: Settings, orders: Orders) -> NoReturn:
         poke=doorbell.poke,
         stopping=orders.stopping,
     )
+    for problem in build_problems(tools.binary.build):
+        logger.warning("%s", problem)
     orders.poke = doorbell.poke
     _serve(make_manager(tools), doorbell, orders)
 

@@ -42,6 +42,7 @@ def test_each_device_takes_the_part_that_was_planned_for_it(
     tmp_path: Path, endpoints: list[str]
 ) -> None:
     models = {"m": {"path": str(REAL_MODEL), "args": ["--rpc", ",".join(endpoints)]}}
+    models["m"]["allow_dangerous_args"] = True
     settings = {"gpu_headroom_mb": 64, "ctx_size": CONTEXT}
     # with 270 MB for the backend and 64 MB headroom, neither has room for all of it
     cards = world_of(Card(gib=640 / 1024), Card(gib=530 / 1024))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from smartproxy.catalog.catalog import Catalog, ModelSpec
+from smartproxy.config.known_holes import build_problems
 from smartproxy.config.settings import Settings
 from smartproxy.entities import (
     GPU,
@@ -140,6 +141,7 @@ UNKNOWN_MANAGER: dict[str, Any] = {
     "stopping": False,
     "llama_server": None,
     "build": None,
+    "build_problems": [],
 }
 
 
@@ -156,6 +158,7 @@ def manager(store: Store, *, now: float) -> dict[str, Any]:
         "stopping": row.ending(),
         "llama_server": row.llama_server,
         "build": row.build,
+        "build_problems": build_problems(row.build),
     }
 
 
