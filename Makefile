@@ -1,13 +1,15 @@
-# make run | test | test-fast | setup | lint | gpu-check | soak MINUTES=n | clean. Everything lands inside this folder.
+# make run | test | test-fast | setup | lint | gpu-check | soak MINUTES=n |
+# chaos SEED=n MINUTES=n | clean. Everything lands inside this folder.
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MINUTES ?= 3
+SEED ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: run setup test test-fast test-gunicorns lint gpu-check soak clean
+.PHONY: run setup test test-fast test-gunicorns lint gpu-check soak chaos clean
 
 run: setup
 	exec $(BIN)/smartproxy serve --config config.json --host $(HOST) --port $(PORT)
@@ -60,6 +62,11 @@ gpu-check: setup $(VENV)/.tests
 soak: setup $(VENV)/.tests
 	mkdir -p .bench
 	$(BIN)/python -m bench.soak --minutes $(MINUTES) --json .bench/soak.json
+
+# faults of every kind under load, one after the other; an hour: MINUTES=60
+chaos: setup $(VENV)/.tests
+	mkdir -p .bench
+	$(BIN)/python -m tests.chaos --seed $(SEED) --minutes $(MINUTES) --json .bench/chaos.json
 
 clean:
 	rm -rf $(VENV) .venv-* models state .bench build *.egg-info

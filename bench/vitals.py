@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from tests.support.process_tree import tree_of
+
 MIB = 1 << 20
 #: what a line may rise in an hour, over the last half of a run, and still be called level
 LEVEL_PER_HOUR = {"rss_mb": 3.0, "descriptors": 2.0, "threads": 2.0}
@@ -65,17 +67,10 @@ class Vitals:
 
 def by_role(serve_pid: int) -> dict[str, psutil.Process]:
     """Return the proxy's own processes by what they are and their pid; no llama-servers."""
-    found = {f"serve {serve_pid}": psutil.Process(serve_pid)}
-    for process in found[f"serve {serve_pid}"].children(recursive=True):
+    found = {}
+    for role, pid in tree_of(serve_pid).items():
         with contextlib.suppress(psutil.Error):
-            words, parent = " ".join(process.cmdline()), process.ppid()
-            if "smartproxy.serving.guard" in words:
-                found[f"guard {process.pid}"] = process
-            elif "smartproxy.manager" in words and parent == serve_pid:
-                found[f"manager {process.pid}"] = process
-            elif "smartproxy.proxy.gunicorn_conf" in words:
-                role = "gunicorn" if parent == serve_pid else "worker"
-                found[f"{role} {process.pid}"] = process
+            found[f"{role} {pid}"] = psutil.Process(pid)
     return found
 
 

@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 MARKS_OF_FOLDERS = {
     "slow": ("slow",),
     "servers": ("servers",),
+    "chaos": ("servers",),
     "real": ("servers", "real"),
     "gpu": ("servers", "real", "gpu"),
 }

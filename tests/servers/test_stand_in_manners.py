@@ -142,6 +142,23 @@ def test_status_knob_of_a_request_answers_with_that_error(bad: Bad) -> None:
         assert server.post("/v1/completions", {"prompt": "a"}).status == 200
 
 
+@pytest.mark.parametrize("how", ["early", "garbage", "length"])
+def test_broken_answers_are_no_http(bad: Bad, how: str) -> None:
+    with bad("") as server:
+        server.wait_ready()
+        with pytest.raises((HTTPException, OSError)):
+            server.post("/v1/completions", {"prompt": "a", "fake": {"broken": how}})
+        assert server.post("/v1/completions", {"prompt": "a"}).status == 200
+
+
+@pytest.mark.parametrize("how", ["cut", "chunk"])
+def test_broken_streams_have_no_end(bad: Bad, how: str) -> None:
+    with bad("") as server:
+        body = {"prompt": "a", "stream": True, "fake": {"broken": how}}
+        with pytest.raises((HTTPException, ValueError)):
+            server.wait_ready().post("/v1/completions", body)
+
+
 def test_no_health_never_answers_but_works(bad: Bad) -> None:
     with bad("no_health") as server:
         wait_for(lambda: server.status("/v1/models") == 200, "ready")

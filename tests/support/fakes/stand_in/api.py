@@ -16,6 +16,12 @@ from tests.support.fakes.stand_in.http import JSON, Connection, Gone, Request, d
 from tests.support.fakes.stand_in.journal import Journal
 from tests.support.fakes.stand_in.knobs import KnobError, Knobs, for_request
 
+BROKEN_ANSWERS = {
+    "early": b"",
+    "garbage": b"\x00\x01 this is no HTTP\r\n\r\n",
+    "length": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{",
+}
+BROKEN_STREAMS = {"cut": b"", "chunk": b"zz\r\nno size\r\n"}
 PUBLIC = frozenset({"/health", "/v1/health", "/models", "/v1/models"})
 LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
 
@@ -133,6 +139,9 @@ class Api:
         if refusal is not None:
             return connection.answer_json(*refusal)
         self._maybe_crash(knobs)
+        if knobs.broken in BROKEN_ANSWERS:
+            connection.send(BROKEN_ANSWERS[knobs.broken])
+            raise Gone
         slot = self.engine.take_slot(connection.gone)
         try:
             self.request_memory(1)
@@ -212,6 +221,9 @@ class Api:
             if count == knobs.error_mid_stream:
                 connection.send_chunk(b"data: " + dump(error_body(500, "told to fail")) + b"\n\n")
                 return connection.end_stream()
+            if knobs.broken and count == 3:
+                connection.send(BROKEN_STREAMS[knobs.broken])
+                raise Gone
             self._crash_after(count, knobs)
         if not begun:
             connection.start_stream()

@@ -56,6 +56,9 @@ class Knobs:
     status: int = 0
     #: per request: send an error event after N chunks and end without [DONE]
     error_mid_stream: int = -1
+    #: per request: break HTTP and close: "early" (not a byte), "garbage" (no HTTP), "length" (a
+    #: body shorter than said), and of a stream after 3 chunks: "cut" (no end), "chunk" (no size)
+    broken: str = ""
     #: per request: go on generating when the client has left
     stick: bool = False
     #: connections served at a time, further ones wait unread (the real one has a thread pool, and
@@ -111,7 +114,7 @@ class Knobs:
 _TYPES = {entry.name: entry.type for entry in fields(Knobs)}
 _REQUEST_KNOBS = frozenset(
     {"crash_on_request", "crash_mid_stream", "token_s", "first_token_s", "tokens"}
-    | {"hang_on_request", "status", "error_mid_stream", "stick"}
+    | {"hang_on_request", "status", "error_mid_stream", "stick", "broken"}
 )
 
 
