@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import signal
@@ -43,13 +44,10 @@ def main() -> int:
     report = Report(options.seed, {**this_machine(), "commit": commit(), "known": len(FAULTS)})
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, machine(Path(name)) as made:
         driver = Driver(made, report, random.Random(options.seed))
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             driver.run(islice(faults, options.most), time.monotonic() + options.minutes * 60)
-        finally:
-            if options.json:
-                options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-            if not report.clean:
-                print(made.proxy.log()[-4000:], file=sys.stderr)
+    if options.json:
+        options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     print(report.table())
     print(report.complaints())
     return 0 if report.clean else 1

@@ -137,12 +137,11 @@ def events(body: bytes) -> list[Any]:
     if not body.endswith(b"\n\n"):
         raise ValueError(f"the stream ends inside an event: {body[-80:]!r}")
     found: list[Any] = []
-    for block in body.decode().removesuffix("\n\n").split("\n\n"):
-        for line in block.split("\n"):
-            field, colon, value = line.partition(":")
-            if not colon or field not in ("data", "event", "id", "retry", ""):
-                raise ValueError(f"no line of an event: {line!r}")
-            if field == "data":
-                value = value.removeprefix(" ")
-                found.append(value if value == "[DONE]" else json.loads(value))
+    for line in body.decode().split("\n"):
+        field, colon, value = line.partition(":")
+        if (not colon and line) or field not in ("data", "event", "id", "retry", ""):
+            raise ValueError(f"no line of an event: {line!r}")
+        if field == "data":
+            value = value.removeprefix(" ")
+            found.append(value if value == "[DONE]" else json.loads(value))
     return found
