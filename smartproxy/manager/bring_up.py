@@ -294,6 +294,8 @@ def _failed(loading: Loading, server_id: int, model_id: str, error: SmartProxyEr
         process.stop(child, grace_s=1.0)
         loading.lingering.note_end(server_id, loading.tools.store.now())
         loading.children.take(server_id)
+    if server_rows.server(loading.tools.store, server_id).state != ServerState.STARTING:
+        return  # stopped on purpose: nothing failed, and whoever waits for the model waits on
     # first, for once the row is no live one the next pass looks here for why not to start another
     before = loading.failures.add(model_id, error.code, str(error))
     moved = server_rows.transition(
