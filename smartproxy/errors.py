@@ -33,6 +33,7 @@ place. The docstring of a class says when it is raised. Status and code of each:
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -187,6 +188,10 @@ class MetadataError(SmartProxyError):
     http_status, code = 503, "model_load_failed"
 
 
+#: what the manager says of files, and a server's last log line, may name paths
+TELLS_PATHS = (LoadFailed, LoadTimeout, MetadataError, UpstreamError, NoFit)
+
+
 class UnknownCacheType(SmartProxyError):
     """A KV cache type that llama.cpp does not have."""
 
@@ -224,6 +229,20 @@ BY_CODE: dict[str, type[SmartProxyError]] = {
 def from_code(code: str, message: str) -> SmartProxyError:
     """Return the error that a stored answer stands for; an unknown code is our own fault."""
     return BY_CODE.get(code, SmartProxyError)(message)
+
+
+#: an absolute path: its folders, and the name that it ends with. A URL is none.
+_PATH = re.compile(r"(?<![\w.~/-])~?/(?!/)(?:[^/\s'\"`,;()]+/)*([^/\s'\"`,;()]+)")
+
+
+def without_paths(text: str) -> str:
+    """Return a text with the last name of every absolute path in its place."""
+    return _PATH.sub(r"\1", text)
+
+
+def discreet(error: SmartProxyError) -> SmartProxyError:
+    """Return an error as it is told to who must not see the paths of this machine."""
+    return type(error)(without_paths(str(error))) if isinstance(error, TELLS_PATHS) else error
 
 
 def openai_body(error: SmartProxyError) -> dict[str, dict[str, str | None]]:

@@ -1,9 +1,15 @@
-"""Who may ask: API keys of clients, and those for operations."""
+"""Who may ask: API keys of clients, and those for operations.
+
+A key is compared with every known one in constant time, as text: nothing of a request ever becomes
+part of a query, a path or a command line here.
+"""
 
 from __future__ import annotations
 
 import hmac
+import posixpath
 from collections.abc import Callable, Iterable
+from enum import IntEnum
 
 from flask import Request
 
@@ -12,37 +18,84 @@ from smartproxy.errors import InvalidApiKey
 
 #: what monitoring polls, and what describes the API, needs no key
 PUBLIC_PATHS = frozenset({"/health", "/openapi.json"})
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
+Header = Callable[[str, str], str]
 
 
-def check(request: Request, settings: Settings) -> None:
-    """Raise InvalidApiKey unless the request may go on.
+class Role(IntEnum):
+    """Who asks; each may what those before it may."""
 
-    With admin_keys, /api/ needs one of them. With api_keys, everything else needs one (an admin key
-    is good everywhere).
+    #: has no key, or a wrong one, where clients need one
+    STRANGER = 0
+    CLIENT = 1
+    #: operations, paths, processes. Where nobody has keys everybody is one, and where there are no
+    #: admin_keys every client
+    ADMIN = 2
+
+
+def check(request: Request, settings: Settings) -> Role:
+    """Return who asks. Raises InvalidApiKey unless the request may go on."""
+    return check_key(request.path, request.headers.get, settings)
+
+
+def check_key(path: str, header: Header, settings: Settings) -> Role:
+    """Return who sends these headers. Raises InvalidApiKey unless they may use the path.
+
+    /api/ is for operators, PUBLIC_PATHS are for everybody, all else is for clients. header: returns
+    a header's value, or what it is told where there is none.
     """
-    check_key(request.path, request.headers.get, settings)
+    if not settings.api_keys and not settings.admin_keys:
+        return Role.ADMIN
+    if path.startswith("/api/"):
+        return require(Role.ADMIN, header, settings)
+    return require(Role.STRANGER if path in PUBLIC_PATHS else Role.CLIENT, header, settings)
 
 
-def check_key(path: str, header: Callable[[str, str], str], settings: Settings) -> None:
-    """Raise InvalidApiKey unless who sends these headers may use the path.
-
-    header: returns a header's value, or what it is told where there is none.
-    """
-    if path.startswith("/api/") and settings.admin_keys:
-        wanted: Iterable[str] = settings.admin_keys
-    elif settings.api_keys and path not in PUBLIC_PATHS:
-        wanted = (*settings.api_keys, *settings.admin_keys)
-    else:
-        return
+def require(least: Role, header: Header, settings: Settings) -> Role:
+    """Return who sends these headers. Raises InvalidApiKey where they may less than that."""
     given = presented_key(header)
+    role = role_of(given, settings)
+    if role >= least:
+        return role
     if given is None:
         raise InvalidApiKey("no API key: send `Authorization: Bearer KEY`")
+    if role is Role.CLIENT or _known(given, settings.api_keys):
+        raise InvalidApiKey("this API key is not valid here: it wants one of admin_keys")
+    raise InvalidApiKey("this API key is not valid here")
+
+
+def role_of(given: str | None, settings: Settings) -> Role:
+    """Return who has this key; None: no key."""
+    if not settings.api_keys and not settings.admin_keys:
+        return Role.ADMIN
+    is_admin, is_client = _known(given, settings.admin_keys), _known(given, settings.api_keys)
+    if is_admin or (is_client and not settings.admin_keys):
+        return Role.ADMIN
+    return Role.CLIENT if is_client or not settings.api_keys else Role.STRANGER
+
+
+def _known(given: str | None, keys: Iterable[str]) -> bool:
     # every key is compared in constant time, so that answers tell nothing about them
-    if not any([hmac.compare_digest(given.encode(), key.encode()) for key in wanted]):
-        raise InvalidApiKey("this API key is not valid here")
+    sent = (given or "").encode()
+    return any([hmac.compare_digest(sent, key.encode()) for key in keys]) and bool(sent)
 
 
-def presented_key(header: Callable[[str, str], str]) -> str | None:
+def changes_server(method: str, path: str, query: str) -> bool:
+    """Return whether a request to a llama-server changes it for everybody, or acts beyond it.
+
+    path: as the server sees it, percent signs decoded. Slots are saved, restored and erased, global
+    properties and adapters set, tools run and requests of others' choice sent.
+    """
+    first, *_ = posixpath.normpath(path).lower().lstrip("/").partition("/")
+    if first in ("tools", "cors-proxy"):
+        return True
+    if first == "slots":
+        return method not in READING or "action" in query
+    return first in ("props", "lora-adapters") and method not in READING
+
+
+def presented_key(header: Header) -> str | None:
     """Return the key of a request: Authorization: Bearer, or X-Api-Key as Anthropic clients do.
 
     header: returns a header's value, or what it is told where there is none.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, unquote
 
 from smartproxy.catalog.catalog import Catalog, ModelSpec
 from smartproxy.catalog.live import Configuration
@@ -21,6 +21,7 @@ from smartproxy.errors import (
     RouteNotFound,
 )
 from smartproxy.proxy import auth
+from smartproxy.proxy.auth import Role
 from smartproxy.proxy.browsers import Browsers
 from smartproxy.proxy.fields import Body, Fields, form_fields, json_fields
 from smartproxy.proxy.relay.upstream import Job
@@ -100,13 +101,15 @@ def job_for(
     browsers.check(incoming.method, incoming.path, incoming.field, trust_host=incoming.behind_front)
     settings, catalog = configuration.settings, configuration.catalog
     check_size(len(incoming.body), settings)
-    auth.check_key(incoming.path, incoming.field, settings)
+    role = auth.check_key(incoming.path, incoming.field, settings)
     fields = Fields()
     if incoming.path.startswith(UPSTREAM_PREFIX):
         spec, target = upstream_target(catalog, incoming)
     else:
         fields = body_fields(incoming)
         spec, target = named_model(catalog, incoming, fields), incoming.target
+    if not incoming.for_inference and changes_server(incoming.method, target):
+        auth.require(Role.ADMIN, incoming.field, settings)
     return Job(
         model_id=spec.id,
         method=incoming.method,
@@ -117,8 +120,15 @@ def job_for(
         request_timeout_s=settings.request_timeout,
         sse_wait_comment_after_s=settings.sse_wait_comment_after,
         on_settled=on_settled,
+        discreet=role < Role.ADMIN,
         reader=browsers.reader(incoming.field("Origin"), incoming.path),
     )
+
+
+def changes_server(method: str, target: str) -> bool:
+    """Return whether a request changes its server for everybody. target: as the server gets it."""
+    path, _, query = target.partition("#")[0].partition("?")
+    return auth.changes_server(method, unquote(path), unquote(query))
 
 
 def check_size(body_bytes: int, settings: Settings) -> None:

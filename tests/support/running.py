@@ -75,6 +75,9 @@ class Proxy:
             config["llama_server"] = str(STAND_IN)
         self.config_path.write_text(json.dumps({**config, **settings}))
         # a process that gets SIGABRT tells what each of its threads is at
+        keys = [*settings.get("admin_keys", []), *settings.get("api_keys", [])]
+        #: of who is told everything
+        self._key = {"X-Api-Key": keys[0]} if keys and isinstance(keys[0], str) else {}
         self._env = {**os.environ, "PYTHONFAULTHANDLER": "1", **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -131,7 +134,8 @@ class Proxy:
 
     def health(self) -> dict[str, Any]:
         with contextlib.suppress(requests.ConnectionError):
-            answer: dict[str, Any] = requests.get(f"{self.url}/health", timeout=30).json()
+            known = requests.get(f"{self.url}/health", headers=self._key, timeout=30)
+            answer: dict[str, Any] = known.json()
             return answer
         assert self.process is not None
         assert self.process.poll() is None, self.log()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, jsonify, request
+from typing import Any
+
+from flask import Blueprint, Response, g, jsonify, request
 
 from smartproxy.catalog.live import Live
 from smartproxy.errors import ModelNotFound, RouteNotFound
 from smartproxy.proxy import auth
 from smartproxy.proxy.ask import Question, ask_manager
 from smartproxy.proxy.pages import view
+from smartproxy.proxy.pages.discreet import for_role
 from smartproxy.state.store import Store
 
 #: a plan is decided in milliseconds; before it the GPUs must have been looked at once
@@ -21,19 +24,23 @@ def blueprint(live: Live, store: Store) -> Blueprint:
 
     @operations.before_request
     def check_key() -> None:
-        auth.check(request, live.settings)
+        g.role = auth.check(request, live.settings)
+
+    def listed() -> list[dict[str, Any]]:
+        return [for_role(entry, g.role) for entry in view.model_list(store, live.catalog)]
+
+    def entry(model_id: str) -> Response:
+        return jsonify(next(entry for entry in listed() if entry["id"] == model_id))
 
     @operations.get("/v1/models")
     @operations.get("/models")
     def models() -> Response:
-        return jsonify({"object": "list", "data": view.model_list(store, live.catalog)})
+        return jsonify({"object": "list", "data": listed()})
 
     @operations.get("/v1/models/<path:name>")
     @operations.get("/models/<path:name>")
     def model(name: str) -> Response:
-        spec = live.catalog.resolve(name)
-        listed = {entry["id"]: entry for entry in view.model_list(store, live.catalog)}
-        return jsonify(listed[spec.id])
+        return entry(live.catalog.resolve(name).id)
 
     @operations.post("/api/models/<path:rest>")
     def act(rest: str) -> Response:
@@ -46,8 +53,7 @@ def blueprint(live: Live, store: Store) -> Blueprint:
         limit_s = live.settings.longest_wait_s(spec.id)
         question = Question(kind=verb, model_id=spec.id, limit_s=limit_s)
         ask_manager(store, live.settings.state_dir, question)
-        listed = {entry["id"]: entry for entry in view.model_list(store, live.catalog)}
-        return jsonify(listed[spec.id])
+        return entry(spec.id)
 
     @operations.get("/api/models/<path:rest>")
     def tell(rest: str) -> Response:

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 import yaml
-from flask import Blueprint, Response, jsonify, request
+from flask import Blueprint, Response, g, jsonify, request
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from smartproxy.catalog.live import Live
@@ -17,8 +17,9 @@ from smartproxy.config.settings import Settings
 from smartproxy.entities import pool_status
 from smartproxy.errors import ManagerDown, ShuttingDown, StateError
 from smartproxy.proxy import auth
+from smartproxy.proxy.auth import Role
 from smartproxy.proxy.ensure import send_poke
-from smartproxy.proxy.pages import metrics, status, tables, view
+from smartproxy.proxy.pages import discreet, metrics, status, tables, view
 from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.state.store import Store
 
@@ -32,7 +33,7 @@ def blueprint(live: Live, store: Store, counting: RequestCounts) -> Blueprint:
 
     @monitoring.before_request
     def check_key() -> None:
-        auth.check(request, live.settings)
+        g.role = auth.check(request, live.settings)
 
     @monitoring.get("/health")
     def health() -> Response:
@@ -98,9 +99,12 @@ def _health_without_file(settings: Settings) -> dict[str, Any]:
 
 
 def _answer(body: dict[str, Any], as_text: Callable[[dict[str, Any]], str]) -> Response:
+    stopping = body["manager"]["stopping"]
+    body = discreet.for_role(body, g.role)
+    as_text = discreet.as_text if g.role is Role.STRANGER else as_text
     text = Response(as_text(body), mimetype="text/plain") if _wants_text() else None
     response = text or jsonify(body)
-    if body["manager"]["stopping"]:
+    if stopping:
         response.status_code = ShuttingDown.http_status
     return response
 

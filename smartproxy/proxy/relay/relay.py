@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import uvloop
 from flask import Response
 
-from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError
+from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError, discreet
 from smartproxy.proxy.relay import nginx
 from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.relay.nginx import Delivery
@@ -212,6 +212,8 @@ class Request:
             logger.error("relaying to %r failed", self.job.model_id, exc_info=error)
             error = SmartProxyError("the relay failed; the log says why")
         torn = self._exchange is not None and self._exchange.torn
+        if self.job.discreet:
+            error = discreet(error)
         self.client.fail(error, torn=torn, reader=self.job.reader)
 
 

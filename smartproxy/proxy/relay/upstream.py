@@ -62,6 +62,8 @@ class Job:
     on_settled: Callable[[str, int | None], None] | None = None
     #: the origin whose pages may read the answer, `*`, or nothing for nobody
     reader: bytes = b""
+    #: who asks must not see the paths of this machine
+    discreet: bool = False
 
 
 class Exchange:
