@@ -248,6 +248,9 @@ class Settings(_Section):
     """A load that takes more seconds than this has failed, also if it makes progress."""
     request_timeout: Seconds = 600
     """Seconds that a server may be silent. Then a request to it is answered with 504."""
+    manager_stall_timeout: Seconds = 60
+    """If the manager makes no progress for this many seconds, `serve` replaces it. Loaded models
+    go on answering."""
     sse_wait_comment_after: SecondsOrZero = 5
     """A streaming client that waits for a load longer than this many seconds gets SSE comments as
     signs of life."""

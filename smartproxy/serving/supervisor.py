@@ -22,6 +22,7 @@ from smartproxy.serving.farewell import Farewell
 from smartproxy.serving.guard import NOTHING_LEFT
 from smartproxy.serving.half import Half
 from smartproxy.serving.listen import UNIX, close, listen
+from smartproxy.serving.stall import Stall
 from smartproxy.signs import LEAVING, UP, Signs
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.05
 #: a full stop: streams in flight may finish this long, then servers get TERM, TERM, KILL
 STOP_S = {"gunicorn": 40.0, "manager": 80.0}
+#: a manager that starts looks at every model file first: it gets so many times its patience
+START_PATIENCE = 5
 #: after a second signal: for each to end what it started
 QUIT_S = 5.0
 #: how often the log says what a stop waits for
@@ -50,6 +53,8 @@ class Family:
     signs: Signs
     #: where it listens, for people
     name: str
+    #: seconds without a finished pass after which the manager is replaced
+    stall_s: float
 
     @property
     def halves(self) -> tuple[Half, ...]:
@@ -116,7 +121,15 @@ def _family(settings: Settings, listener: socket.socket, guard_end: int, name: s
         pass_fds=(listener.fileno(), signs.pipe),
         quit_signal=signal.SIGQUIT,
     )
-    return Family(guard=guard, manager=manager, gunicorn=gunicorn, env=env, signs=signs, name=name)
+    return Family(
+        guard=guard,
+        manager=manager,
+        gunicorn=gunicorn,
+        env=env,
+        signs=signs,
+        name=name,
+        stall_s=settings.manager_stall_timeout,
+    )
 
 
 class Words:
@@ -144,7 +157,7 @@ def _keep_running(family: Family, words: Words) -> int:
     """Start what is not running until told to stop, or a restart is hopeless. Returns the code."""
     for half in family.halves:
         half.start(family.env)
-    up, told = False, False
+    up, told, stall = False, False, Stall()
     while not words.stop:
         heard = family.signs.heard()
         up = up or UP in heard
@@ -160,6 +173,7 @@ def _keep_running(family: Family, words: Words) -> int:
                 logger.error("%s ended with code %d: giving up", half.name, code)
                 return code
             half.start_again(family.env, code)
+        _replace_standing(family, stall)
         if up and not told and _manager_runs(family):
             logger.info("serving on %s", family.name)
             told = True
@@ -174,6 +188,23 @@ def _manager_runs(family: Family) -> bool:
     """Return whether it has finished a pass."""
     process = family.manager.process
     return process is not None and family.signs.last_pass(process.pid) is not None
+
+
+def _replace_standing(family: Family, stall: Stall) -> None:
+    """Kill a manager whose loop stands; the next one adopts its servers."""
+    process = family.manager.process
+    if process is None or process.poll() is not None:
+        return
+    last_pass = family.signs.last_pass(process.pid)
+    patience_s = family.stall_s * (START_PATIENCE if last_pass is None else 1)
+    stood_s = stall.look(process.pid, last_pass, time.monotonic())
+    if stood_s > patience_s:
+        logger.error(
+            "the manager (pid %d) has finished no pass for %.0f s (manager_stall_timeout: %g):"
+            " killing it; its llama-servers stay, and the next manager adopts them",
+            *(process.pid, stood_s, family.stall_s),
+        )
+        family.manager.kill()
 
 
 def _reload(family: Family) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -161,3 +162,47 @@ def test_another_gunicorn_takes_over_while_the_old_one_finishes(tmp_path: Path) 
         assert proxy.chat("m").status_code == 200
         assert len(gunicorn_of(proxy)) == 1
         assert "shutting_down" not in proxy.log()
+
+
+# a manager that hangs
+
+
+def hangs(proxy: Proxy) -> bool:
+    reasons = proxy.health().get("reasons", [])
+    return any("loop stands" in reason or "gave no sign" in reason for reason in reasons)
+
+
+def replaced_with_its_stream_going_on(proxy: Proxy, old: int, stream: Streaming) -> None:
+    server = proxy.llama_servers()[0].pid
+    wait_until(lambda: hangs(proxy), what="/health says so")
+    wait_until(lambda: manager_is_another(proxy, old), what="another manager")
+    assert "killing it; its llama-servers stay" in proxy.log()
+    assert next(stream.lines) is not None
+    assert [each.pid for each in proxy.llama_servers()] == [server]
+    stream.close()
+    assert proxy.chat("m").status_code == 200
+    assert proxy.chat("n").status_code == 200
+
+
+def test_a_stopped_manager_is_replaced_and_its_servers_adopted(tmp_path: Path) -> None:
+    models = {"m": fake_model(), "n": fake_model()}
+    with running(tmp_path, models, manager_stall_timeout=8) as proxy:
+        stream = Streaming(proxy, "m")
+        old = proxy.manager_pid()
+        os.kill(old, signal.SIGSTOP)
+        replaced_with_its_stream_going_on(proxy, old, stream)
+
+
+def test_a_manager_whose_loop_hangs_is_replaced(tmp_path: Path) -> None:
+    models = {"m": fake_model(), "n": fake_model()}
+    with running(tmp_path, models, manager_stall_timeout=8) as proxy:
+        stream = Streaming(proxy, "m")
+        old = proxy.manager_pid()
+        stop_main_thread(old)  # the others, and so its heartbeat, go on
+        replaced_with_its_stream_going_on(proxy, old, stream)
+
+
+def stop_main_thread(pid: int) -> None:
+    """Stop one thread of a process, as a debugger does."""
+    ptrace_attach = 16
+    assert ctypes.CDLL(None, use_errno=True).ptrace(ptrace_attach, pid, None, None) == 0
