@@ -19,7 +19,7 @@ class Commands(click.Group):
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["serve", "manager", "plan", "gpus", "estimate"]
+        return ["serve", "manager", "plan", "gpus", "estimate", "pause", "resume"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):

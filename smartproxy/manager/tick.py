@@ -19,6 +19,7 @@ from smartproxy.manager.failed_gpus import leave_failed_gpus
 from smartproxy.manager.snapshot import Sources, idle_too_long, snapshot
 from smartproxy.planner.plan import plan
 from smartproxy.state.demands import open_demands
+from smartproxy.state.manager_row import manager_view
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +47,20 @@ def tick(manager: Manager, now: float) -> Pass:
     notice_exits(loading, now)
     carry_on(loading)
     leave_failed_gpus(loading, loading.view, now)
+    # what is being exchanged must not be started, and nobody may ask for what ttl would unload
+    paused = manager_view(tools.store).paused_at is not None
     demands = answer_settled(tools, loading.failures, open_demands(tools.store), now)
     for demand in demands:
         if demand.kind == "unload":
             unload(loading, demand.model_id, "unloaded by request", now)
-    for model_id, idle_s in idle_too_long(tools, demands, now):
+    for model_id, idle_s in [] if paused else idle_too_long(tools, demands, now):
         unload(loading, model_id, f"idle for {idle_s:.0f} s (ttl)", now, only_if_idle=True)
     began = time.perf_counter()
     world = snapshot(sources, demands, now)
     decision = plan(world)
     decided = Decided(decision=decision, took_s=time.perf_counter() - began)
     answer_plans(sources, world, demands, now)
+    if paused:
+        return Pass(waiting=False, decision_s=decided.took_s)
     carry_out(loading, decided, demands, now)
     return Pass(waiting=bool(decision.waits or decision.evictions), decision_s=decided.took_s)

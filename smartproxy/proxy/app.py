@@ -18,7 +18,7 @@ from smartproxy.proxy import routes
 from smartproxy.proxy.browsers import Browsers
 from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.inference import Incoming, job_for
-from smartproxy.proxy.pages import models, monitoring
+from smartproxy.proxy.pages import models, monitoring, pausing
 from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.proxy.relay.relay import Job
 from smartproxy.proxy.wire.own_answers import cross_origin, error_answer
@@ -39,6 +39,7 @@ def create_app(settings: Settings) -> Application:
     counting, broker = RequestCounts(store), Broker(store, live)
     app.register_blueprint(monitoring.blueprint(live, store, counting))
     app.register_blueprint(models.blueprint(live, store))
+    app.register_blueprint(pausing.blueprint(live, store))
 
     def decide(incoming: Incoming) -> Job:
         return job_for(incoming, live.now, browsers, on_settled=counting.settled)

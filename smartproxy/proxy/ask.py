@@ -51,6 +51,7 @@ def ask_manager(store: Store, state_dir: Path, question: Question) -> dict[str, 
 def _await(store: Store, worker: str, demand_id: int, question: Question) -> dict[str, Any]:
     deadline, renew_at = time.monotonic() + question.limit_s, time.monotonic() + leases.RENEW_S
     silent_since: float | None = None
+    looked_at = time.monotonic()
     while True:
         answer = demand_rows.read_answers(store, [demand_id]).get(demand_id)
         if answer is not None:
@@ -64,6 +65,9 @@ def _await(store: Store, worker: str, demand_id: int, question: Question) -> dic
                 f" {question.limit_s:.0f} s"
             )
         view = manager_view(store)
+        if view.paused_at is not None:
+            deadline += now - looked_at  # the manager loads nothing meanwhile
+        looked_at = now
         if view.ending():
             raise ShuttingDown("the proxy is being stopped")
         if view.alive(store.now()):

@@ -34,7 +34,7 @@ from smartproxy.proxy.relay.relay import Lease
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import leases
 from smartproxy.state.leases import Route
-from smartproxy.state.manager_row import manager_view
+from smartproxy.state.manager_row import ManagerView, manager_view
 from smartproxy.state.store import Store
 
 T = TypeVar("T")
@@ -65,6 +65,8 @@ class Broker:
         self._live = live
         self._worker = worker_id()
         self._moves = Moves(store)
+        #: the manager's row as last read; None: not read yet
+        self._manager: ManagerView | None = None
         self._routes: dict[str, Route] = {}
         self._generation = -1
         self._data_version = -1
@@ -101,7 +103,9 @@ class Broker:
                 if time.monotonic() > avoid_until:
                     avoid_server_id = None
                 route = self._ready_route(model_id, avoid_server_id)
-                if route is None:
+                if self._paused():
+                    await self._until_resumed()
+                elif route is None:
                     if asked is None:
                         asked = asyncio.create_task(self._ask(model_id))
                     # shielded: a client that goes now leaves a row that must be withdrawn
@@ -210,7 +214,7 @@ class Broker:
             version = self._store.data_version()
             if version == self._data_version and self._generation >= 0:
                 return
-            view = manager_view(self._store)
+            view = self._manager = manager_view(self._store)
             self._data_version = version
             if view.generation != self._generation:
                 self._routes = leases.routes(self._store)
@@ -220,6 +224,18 @@ class Broker:
             self._unreadable.failed(error, now)
             self._store.close()
             self._data_version = self._generation = -1
+
+    def _paused(self) -> bool:
+        return self._manager is not None and self._manager.paused_at is not None
+
+    async def _until_resumed(self) -> None:
+        """Wait for the end of a pause, however long. Raises ShuttingDown."""
+        while self._paused():
+            version = self._moves.version()
+            self._refresh()
+            if self._manager is not None and self._manager.ending():
+                raise ShuttingDown("the proxy is being stopped")
+            await self._moves.after(version, within_s=LOOK_ANYWAY_S)
 
     def _withdraw(self, asked: asyncio.Task[int]) -> None:
         if not asked.cancelled() and asked.exception() is None:
@@ -262,6 +278,11 @@ class Broker:
         while True:
             version = self._moves.version()
             self._refresh()
+            if self._paused():
+                began = time.monotonic()
+                await self._until_resumed()
+                deadline += time.monotonic() - began
+                silent_since = None
             if self._ready_route(model_id, avoid_server_id):
                 return
             self._raise_answer(demand_id)

@@ -27,3 +27,7 @@ class Stall:
         else:
             self._stood_s += min(elapsed_s, MOST_OF_A_LOOK_S)
         return self._stood_s
+
+    def begin_anew(self) -> None:
+        """Count from now on: something was done about it."""
+        self._stood_s = 0.0

@@ -205,6 +205,7 @@ def _replace_standing(family: Family, stall: Stall) -> None:
             *(process.pid, stood_s, family.stall_s),
         )
         family.manager.kill()
+        stall.begin_anew()  # one that a device or a disk holds can't even be killed: say so again
 
 
 def _reload(family: Family) -> None:

@@ -1,6 +1,6 @@
 """The manager's own row: who it is, that it lives, and when workers must read routes again.
 
-Only the manager writes; anybody may read.
+Only the manager writes, save for `paused_at`, which who pauses and resumes sets; anybody may read.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class ManagerView:
     stopping: bool
     #: moves whenever something changes that workers route by
     generation: int
+    #: since when new requests queue and nothing is loaded; None: not paused
+    paused_at: float | None
 
     @classmethod
     def from_row(cls, row: Row) -> Self:
@@ -94,6 +96,38 @@ def update_manager(store: Store, **changed: Unpack[ManagerColumns]) -> None:
     """Set columns of the manager's row."""
     with store.write() as connection:
         connection.execute(f"UPDATE manager SET {settings(changed)} WHERE id = 1", changed)
+
+
+def pause(store: Store, *, now: float) -> float:
+    """Have new requests queue from now on; returns since when they do. Any process may call it."""
+    with store.write() as connection:
+        connection.execute(
+            "UPDATE manager SET paused_at = coalesce(paused_at, ?) WHERE id = 1", (now,)
+        )
+        since: float = connection.execute("SELECT paused_at FROM manager WHERE id = 1").fetchone()[
+            0
+        ]
+        return since
+
+
+def resume(store: Store, *, now: float) -> float | None:
+    """End a pause; returns how many seconds it lasted, None without one. Any process may call it.
+
+    Who waited for a model before or asked meanwhile waits as if that time had not been: it does not
+    count against queue_timeout.
+    """
+    with store.write() as connection:
+        row = connection.execute("SELECT paused_at FROM manager WHERE id = 1").fetchone()
+        since: float | None = row["paused_at"]
+        if since is None:
+            return None
+        connection.execute(
+            "UPDATE demands SET asked_at = asked_at + max(0, :now - max(asked_at, :since))"
+            " WHERE answered_at IS NULL",
+            {"now": now, "since": since},
+        )
+        connection.execute("UPDATE manager SET paused_at = NULL WHERE id = 1")
+        return max(0.0, now - since)
 
 
 def route_changed(connection: sqlite3.Connection) -> None:

@@ -96,6 +96,12 @@ def clock_table(db: Database) -> None:
     db.execute("ALTER TABLE servers RENAME COLUMN pid_started_at TO pid_start_ticks")
 
 
+@migrations(name="0004_pause")
+def pause(db: Database) -> None:
+    """Since when requests queue on purpose."""
+    db.execute("ALTER TABLE manager ADD COLUMN paused_at REAL")
+
+
 def statements(script: str) -> Iterator[str]:
     """Yield the statements of a script one by one; executescript would commit the transaction."""
     lines: list[str] = []

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -204,5 +205,12 @@ def test_a_manager_whose_loop_hangs_is_replaced(tmp_path: Path) -> None:
 
 def stop_main_thread(pid: int) -> None:
     """Stop one thread of a process, as a debugger does."""
-    ptrace_attach = 16
+    ptrace_attach, wait_for_threads = 16, 0x40000000
     assert ctypes.CDLL(None, use_errno=True).ptrace(ptrace_attach, pid, None, None) == 0
+
+    def reap() -> None:
+        """Its end is told to who debugs it first."""
+        while os.WIFSTOPPED(os.waitpid(pid, wait_for_threads)[1]):
+            pass
+
+    threading.Thread(target=reap, daemon=True).start()

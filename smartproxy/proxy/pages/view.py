@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from smartproxy.catalog.catalog import Catalog, ModelSpec
@@ -139,6 +140,7 @@ UNKNOWN_MANAGER: dict[str, Any] = {
     "started_at": None,
     "pass_age": None,
     "stopping": False,
+    "paused_at": None,
     "llama_server": None,
     "build": None,
     "build_problems": [],
@@ -156,6 +158,7 @@ def manager(store: Store, *, now: float) -> dict[str, Any]:
         "started_at": row.started_at,
         "pass_age": round(row.pass_age_s, 3) if row.pass_age_s is not None else None,
         "stopping": row.ending(),
+        "paused_at": row.paused_at,
         "llama_server": row.llama_server,
         "build": row.build,
         "build_problems": build_problems(row.build),
@@ -171,6 +174,9 @@ def reasons(listed: list[Server], gpus: GPUPoolStatus, boss: dict[str, Any]) -> 
         found.append(f"the manager gave no sign for {boss['heartbeat_age']:.0f} s")
     elif (boss["pass_age"] or 0) > HEARTBEAT_STALE_S:
         found.append(f"the manager gives signs, but its loop stands for {boss['pass_age']:.0f} s")
+    if boss["paused_at"] is not None:
+        since = datetime.fromtimestamp(boss["paused_at"], UTC).isoformat(" ", "seconds")
+        found.append(f"paused since {since}: new requests queue until `smartproxy resume`")
     found += [f"gpu {gpu.id}: {gpu.error}" for gpu in gpus.gpu_list if gpu.error]
     found += [s.reason or f"{s.model_id} failed" for s in listed if s.state == ServerState.FAILED]
     return found

@@ -12,7 +12,9 @@ from smartproxy.gpus.types import Gpu, GpuProcess, GpuSnapshot, GpuState
 from smartproxy.state import leases, measurements, models
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import NewAssignment, assignments, models_by_gpu, reserved_bytes
+from smartproxy.state.demands import ask, open_demands
 from smartproxy.state.gpus import gpus, processes, write_snapshot
+from smartproxy.state.manager_row import pause, resume
 from smartproxy.state.measurements import MeasurementRow
 from smartproxy.state.migrate import create
 from smartproxy.state.models import FileRow, ModelRow
@@ -132,3 +134,14 @@ def test_measurements_come_back_as_written(store: Store) -> None:
     measurements.learn_overhead(store, "GPU-0", "b", overhead_bytes=4, warm=True, now=2.0)
     known = measurements.overheads(store, "b")["GPU-0"]
     assert (known.overhead_bytes, known.warm) == (5, True)
+
+
+def test_a_pause_counts_for_nobody_who_waits(store: Store) -> None:
+    ask(store, "load", "before", "w", now=100.0)
+    assert pause(store, now=110.0) == 110.0
+    assert pause(store, now=120.0) == 110.0
+    ask(store, "load", "meanwhile", "w", now=130.0)
+    assert resume(store, now=150.0) == 40.0
+    assert resume(store, now=160.0) is None
+    waited = {demand.model_id: 150.0 - demand.asked_at for demand in open_demands(store)}
+    assert waited == {"before": 10.0, "meanwhile": 0.0}
