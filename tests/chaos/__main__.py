@@ -19,6 +19,7 @@ from bench.figures import machine as this_machine
 from tests.chaos.driver import Driver, each_once, for_ever
 from tests.chaos.fault import FAULTS
 from tests.chaos.machine import machine
+from tests.chaos.not_yet import NOT_YET
 from tests.chaos.report import Report
 from tests.support.paths import ROOT
 
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where the report is written")
     parser.add_argument("--all", action="store_true", help="also faults that are not mended yet")
     parser.add_argument("--once", action="store_true", help="each fault once")
+    parser.add_argument("--not-yet", action="store_true", help="only those that are not mended")
     parser.add_argument("--only", help="faults whose name has this in it")
     options = parser.parse_args()
     faults = for_ever(options.seed, all_of_them=options.all)
@@ -41,6 +43,8 @@ def main() -> int:
     # sent to end us early, it must find the proxy and its file system put away
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if options.not_yet:
+        faults = iter([FAULTS[name] for name in NOT_YET])
     report = Report(options.seed, {**this_machine(), "commit": commit(), "known": len(FAULTS)})
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, machine(Path(name)) as made:
         driver = Driver(made, report, random.Random(options.seed))

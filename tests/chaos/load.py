@@ -152,9 +152,10 @@ class Load:
             self._ended.wait(chooser.uniform(0, REST_S))
 
     def _anything(self, chooser: random.Random) -> None:
-        far = chooser.random() < 0.08
+        far = chooser.random() < 0.04
         model = chooser.choice(list(OTHERS if far else HOME))
-        kinds = {"plain": 8, "stream": 6, "upload": 2, "chunked": 1, "load": 1, "unload": 1}
+        # a load starts a process, and costs as much as a hundred requests
+        kinds = {"plain": 16, "stream": 12, "upload": 4, "chunked": 2, "load": 0.7, "unload": 0.5}
         kinds |= {"status": 1, "metrics": 1, "models": 1, "unknown": 1}
         kind = chooser.choices(list(kinds), list(kinds.values()))[0]
         if kind == "plain":
@@ -188,7 +189,7 @@ class Load:
             if late and all(said == "ok" for said in late):
                 text = f"a load took {took_s:.0f} s ({verdict.word}), /health said ok all the time"
                 self.lies.append(text)
-        self._ended.wait(chooser.uniform(0, 0.5))
+        self._ended.wait(chooser.uniform(0, 2.0))
 
     def _monitor(self, _chooser: random.Random) -> None:
         """Poll /health as monitoring does."""
