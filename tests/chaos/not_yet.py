@@ -27,13 +27,7 @@ NOT_YET: dict[str, str] = {
     "the state file is removed and the manager killed": "F6",
     "a model's file is a pipe": "F4",
     "files appear that lie about their size": "F4",
-    "the clock is set an hour ahead": "F3",
-    "the clock is set an hour back": "F3",
-    "the clock jumps to and fro": "F3",
     "a squatter takes the port of a server that starts": "F13",
-    "gunicorn's master is told to end": "F14",
-    "serve is told to end, and started again": "F14",
     "serve and the manager are killed": "F17",
     "a server is killed while it loads": "F18",
-    "the manager is told to end": "F26",
 }
