@@ -114,7 +114,7 @@ def owned_processes(owner: str) -> list[psutil.Process]:
 
 def take_lock(path: Path) -> int | None:
     """Return a held lock, which goes with this process however it ends; None: it is taken."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -60,7 +60,7 @@ class Child:
 def spawn(argv: Sequence[str], env: Mapping[str, str], log_path: Path) -> Child:
     """Start a process in its own session, both outputs appended to its log. Raises OSError."""
     log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    descriptor = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         popen = subprocess.Popen(
             list(argv),

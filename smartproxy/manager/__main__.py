@@ -23,6 +23,7 @@ from typing import NoReturn
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from smartproxy.catalog.live import Live
+from smartproxy.config import state_dir
 from smartproxy.config.known_holes import build_problems
 from smartproxy.config.load import load_settings
 from smartproxy.config.settings import Settings
@@ -76,6 +77,7 @@ def main() -> int:
     setup_logging()
     try:
         settings = load_settings()
+        state_dir.prepare(settings.state_dir)
         lock = take_manager_lock(settings.state_dir, serve_pid)
         if lock is None:
             logger.error("another manager runs on %s", settings.state_dir)

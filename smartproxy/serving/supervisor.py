@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from smartproxy.config import state_dir
 from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import HELD_SIGNALS, take_lock
@@ -66,7 +67,7 @@ def serve(settings: Settings, host: str, port: int) -> int:
     problem = settings.port_problem(port)
     if problem and not host.startswith(UNIX):
         raise ConfigError(f"--port: {problem}")
-    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state_dir.prepare(settings.state_dir)
     lock = take_lock(settings.state_dir / "serve.lock")
     if lock is None:
         logger.error("another `smartproxy serve` runs on %s: not started", settings.state_dir)

@@ -41,8 +41,10 @@ def create(path: Path) -> tuple[Store, str | None]:
 
 
 def _prepare(path: Path) -> None:
+    if path.is_symlink():  # what it points to would be made ours alone
+        raise StateError(f"{path} is a symbolic link: `rm {path}`; it is made anew")
     # owner only from the first byte on, whatever the umask
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600))
     os.chmod(path, 0o600)
     connection = connect(path)
     try:
