@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from smartproxy.config.values import only_this_machine
 from smartproxy.errors import ConfigError
 
 #: section ("" is the top) -> its key -> where that stands today; of two keys for one, the first
@@ -95,6 +96,7 @@ def translate(data: Mapping[str, Any]) -> Translation:
             _translate_keys(draft, section, draft.data[section])
     for section in _OLD_SECTIONS:
         _close(draft, section)
+    _keep_open(draft)
     return Translation(data=draft.data, warnings=tuple(draft.warnings), written_as=draft.written_as)
 
 
@@ -149,6 +151,20 @@ def _close(draft: _Draft, section: str) -> None:
         raise ConfigError(f"{section}: this older section must be an object")
     if left:
         raise ConfigError(f'{section}.{next(iter(left))}: unknown key in the older "{section}"')
+
+
+def _keep_open(draft: _Draft) -> None:
+    """An older file that opened the proxy to the network does so still, and is told of it."""
+    host, keys = draft.data.get("host"), draft.data.get("api_keys")
+    if draft.written_as.get("host") != "server.host" or not isinstance(host, str):
+        return
+    if keys or "open_to_network" in draft.data or only_this_machine(host):
+        return
+    draft.data["open_to_network"] = True
+    draft.warnings.append(
+        f"server.host is {host}, and nobody needs a key: everybody on the network may use the"
+        ' models; set api_keys, or write "open_to_network": true to say that it is meant'
+    )
 
 
 def _path(section: str, key: str) -> str:

@@ -31,6 +31,7 @@ from smartproxy.config.values import (
     Seconds,
     SecondsOrZero,
     Text,
+    only_this_machine,
 )
 from smartproxy.planner.types import Strategy
 
@@ -260,6 +261,9 @@ class Settings(_Section):
     """Keys of clients (`Authorization: Bearer ...`). Without them, no key is needed."""
     admin_keys: tuple[ApiKey, ...] = Field((), repr=False)
     """Keys for `/api/`. Without them, all who may use the models may use it."""
+    open_to_network: bool = False
+    """Listen on an address that others can reach also without `api_keys`: then everybody on the
+    network may use, load and unload the models."""
     allowed_hosts: tuple[HostName, ...] = ()
     """Names that the proxy is called by (`"gpu.example"`, `"*.example"`). IP addresses, `localhost`
     and the machine's own name need not be listed. A request to any other name is answered with
@@ -326,6 +330,15 @@ class Settings(_Section):
         model = self.models.get(model_id)
         own_s = model.load_timeout if model else None
         return self.queue_timeout + (self.load_timeout if own_s is None else own_s)
+
+    def host_problem(self, host: str) -> str | None:
+        """Return why the proxy must not listen on an address; None: it may."""
+        if self.api_keys or self.open_to_network or only_this_machine(host):
+            return None
+        return (
+            f"{host} can be reached by others, and nobody needs a key: set api_keys, or write"
+            ' "open_to_network": true if everybody on the network may use the models'
+        )
 
     def port_problem(self, port: int) -> str | None:
         """Return why the proxy can't listen on a port beside the servers; None: it can."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -101,3 +102,16 @@ Parallel = Annotated[int, Field(ge=1, le=256)]
 GpuLayers = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 CacheBits = Literal[16, 8, 4]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+
+
+def only_this_machine(host: str) -> bool:
+    """Return whether an address that is listened on can be reached from this machine alone.
+
+    A name that is not `localhost` may be any address: it counts as open.
+    """
+    if host.startswith("unix:") or host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -30,6 +30,8 @@ def _address() -> list[str]:
     """Return the configuration's address; a bad configuration is one line here too."""
     try:
         settings = load_settings()
+        if not _bound_elsewhere() and (problem := settings.host_problem(settings.host)):
+            raise ConfigError(f"{settings.config_path}: host: {problem}")
     except ConfigError as error:
         print(f"gunicorn: {error}", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
@@ -37,6 +39,11 @@ def _address() -> list[str]:
         return [settings.host]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return [f"{host}:{settings.port}"]
+
+
+def _bound_elsewhere() -> bool:
+    """Return whether the command line says where to listen: `serve` does, and has checked it."""
+    return any(argument.split("=")[0] in ("-b", "--bind") for argument in sys.argv)
 
 
 worker_class = "smartproxy.proxy.worker.worker.RelayWorker"

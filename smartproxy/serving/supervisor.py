@@ -64,6 +64,8 @@ class Family:
 
 def serve(settings: Settings, host: str, port: int) -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code. Raises ConfigError."""
+    if problem := settings.host_problem(host):
+        raise ConfigError(f"--host: {problem}")
     problem = settings.port_problem(port)
     if problem and not host.startswith(UNIX):
         raise ConfigError(f"--port: {problem}")

@@ -71,6 +71,21 @@ def requests_answer(proxy: Proxy) -> bool:
         return False
 
 
+def test_an_address_for_others_without_keys_is_refused_in_one_line(tmp_path: Path) -> None:
+    proxy = Proxy(tmp_path, {"m": fake_model()})
+    argv = [sys.executable, "-m", "smartproxy.cli", "serve", "--config", str(proxy.config_path)]
+    ended = subprocess.run(
+        [*argv, "--host", "0.0.0.0", "--port", str(proxy.port)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 2
+    [line] = ended.stderr.splitlines()
+    assert "api_keys" in line
+    assert '"open_to_network": true' in line
+
+
 # the manager leaves and comes back
 
 

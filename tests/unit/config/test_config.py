@@ -485,3 +485,18 @@ def test_any_bytes_give_settings_or_one_line(folder: Path, content: bytes) -> No
     path.write_bytes(content)
     result = outcome(path)
     assert isinstance(result, Settings) or len(str(result).splitlines()) == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost", "unix:/run/p.sock"])
+def test_this_machine_alone_needs_no_key(host: str) -> None:
+    assert Settings().host_problem(host) is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "gpu.example"])
+def test_an_address_for_others_needs_keys_or_the_word(host: str) -> None:
+    problem = Settings().host_problem(host)
+    assert problem is not None
+    assert "api_keys" in problem
+    assert '"open_to_network": true' in problem
+    assert Settings(api_keys=("key",)).host_problem(host) is None
+    assert Settings(open_to_network=True).host_problem(host) is None

@@ -71,7 +71,7 @@ def test_old_cpu_fallback_does_not_become_todays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "old", "instead"),
     [
-        ({"server": {"host": "0.0.0.0"}}, "server.host", "host"),
+        ({"server": {"host": "::1"}}, "server.host", "host"),
         ({"server": {"port": 81}}, "server.port", "port"),
         ({"server_pool": {"gpu_layers": 0}}, "server_pool.gpu_layers", "gpu_layers"),
         ({"server_pool": {"request_timeout": 9}}, "server_pool.request_timeout", "request_timeout"),
@@ -191,3 +191,15 @@ def test_mistakes_in_older_sections_are_named_as_they_were_written(
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, content)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "is_open"),
+    [({}, True), ({"api_keys": ["k"]}, False), ({"open_to_network": False}, False)],
+)
+def test_an_older_file_that_is_open_to_the_network_stays_so_with_a_warning(
+    tmp_path: Path, more: dict[str, Any], is_open: bool
+) -> None:
+    settings = load(tmp_path, {"models": {}, "server": {"host": "0.0.0.0"}, **more})
+    assert settings.open_to_network is is_open
+    assert any("open_to_network" in warning for warning in settings.warnings) is is_open
