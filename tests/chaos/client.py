@@ -83,7 +83,8 @@ def ask(port: int, payload: bytes, *, deadline_s: float = DEADLINE_S) -> Answer:
             return Answer(failure=Failure.LATE, detail="could not send the request")
         except OSError:
             pass  # an answer may have come before the request was through
-        return read_answer(sock, method=payload.split(b" ", 1)[0].decode(), end=end)
+        method = "HEAD" if payload.startswith(b"HEAD ") else "POST"
+        return read_answer(sock, method=method, end=end)
 
 
 def read_answer(sock: socket.socket, *, method: str = "POST", end: float | None = None) -> Answer:
