@@ -12,6 +12,7 @@ place. The docstring of a class says when it is raised. Status and code of each:
     |-- ModelNotFound         404  model_not_found
     |-- RouteNotFound         404  not_found
     |-- BadRequest            400  bad_request
+    |-- RequestTooSlow        408  request_too_slow
     |-- RequestTooLarge       413  request_too_large
     |-- HeadTooLarge          431  request_too_large
     |-- QueueFull             429  queue_full
@@ -96,6 +97,12 @@ class RequestTooLarge(SmartProxyError):
     """The body is over `max_body_mb`."""
 
     http_status, code, type = 413, "request_too_large", "invalid_request_error"
+
+
+class RequestTooSlow(SmartProxyError):
+    """The request did not come to its end: its head in time, or its body with enough progress."""
+
+    http_status, code, type = 408, "request_too_slow", "invalid_request_error"
 
 
 class BadRequest(SmartProxyError):

@@ -17,7 +17,7 @@ from smartproxy.errors import (
 from smartproxy.proxy import routes
 from smartproxy.proxy.browsers import Browsers
 from smartproxy.proxy.ensure import Broker
-from smartproxy.proxy.inference import Incoming, job_for
+from smartproxy.proxy.inference import Incoming, check_head, job_for
 from smartproxy.proxy.pages import models, monitoring, pausing
 from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.proxy.relay.relay import Job
@@ -44,11 +44,21 @@ def create_app(settings: Settings) -> Application:
     def decide(incoming: Incoming) -> Job:
         return job_for(incoming, live.now, browsers, on_settled=counting.settled)
 
+    def admit(incoming: Incoming, length_bytes: int) -> int:
+        settings = live.settings
+        check_head(incoming, length_bytes, settings, browsers)
+        return settings.max_body_mb << 20
+
     app.register_blueprint(routes.blueprint(decide, broker, browsers, counting.refused))
     mind_browsers(app, browsers)
     handle_errors(app, live, browsers)
     return Application(
-        wsgi=app, broker=broker, decide=decide, browsers=browsers, on_refused=counting.refused
+        wsgi=app,
+        broker=broker,
+        decide=decide,
+        admit=admit,
+        browsers=browsers,
+        on_refused=counting.refused,
     )
 
 

@@ -51,6 +51,8 @@ INFERENCE_PATHS = frozenset(
     }
 )
 UPSTREAM_PREFIX = "/upstream/"
+#: a worker's WSGI environment has the whole body here; `wsgi.input` gives copies of it
+BODY_KEY = "smartproxy.body"
 #: what a URL path may carry unquoted, '/' included (RFC 3986 pchar)
 PATH_SAFE = "/:@!$&'()*+,;=-._~"
 
@@ -98,10 +100,8 @@ def job_for(
     Raises HostNotAllowed, OriginNotAllowed, RequestTooLarge, InvalidApiKey, InvalidJson,
     BadRequest, ModelRequired, ModelNotFound or RouteNotFound.
     """
-    browsers.check(incoming.method, incoming.path, incoming.field, trust_host=incoming.behind_front)
     settings, catalog = configuration.settings, configuration.catalog
-    check_size(len(incoming.body), settings)
-    role = auth.check_key(incoming.path, incoming.field, settings)
+    role = check_head(incoming, len(incoming.body), settings, browsers)
     fields = Fields()
     if incoming.path.startswith(UPSTREAM_PREFIX):
         spec, target = upstream_target(catalog, incoming)
@@ -129,6 +129,19 @@ def changes_server(method: str, target: str) -> bool:
     """Return whether a request changes its server for everybody. target: as the server gets it."""
     path, _, query = target.partition("#")[0].partition("?")
     return auth.changes_server(method, unquote(path), unquote(query))
+
+
+def check_head(
+    incoming: Incoming, length_bytes: int, settings: Settings, browsers: Browsers
+) -> auth.Role:
+    """Return who asks; raises what can be said of a request before its body is read.
+
+    length_bytes: of the body, as far as the head tells it. Raises HostNotAllowed, OriginNotAllowed,
+    RequestTooLarge or InvalidApiKey.
+    """
+    browsers.check(incoming.method, incoming.path, incoming.field, trust_host=incoming.behind_front)
+    check_size(length_bytes, settings)
+    return auth.check_key(incoming.path, incoming.field, settings)
 
 
 def check_size(body_bytes: int, settings: Settings) -> None:

@@ -13,7 +13,7 @@ from flask import Blueprint, Response, g, request
 from werkzeug.datastructures import Headers
 
 from smartproxy.proxy.browsers import Browsers
-from smartproxy.proxy.inference import PATH_SAFE, Incoming
+from smartproxy.proxy.inference import BODY_KEY, PATH_SAFE, Incoming
 from smartproxy.proxy.relay.relay import Broker, Job, RelayResponse
 from smartproxy.proxy.wire import own_answers
 from smartproxy.proxy.wire.heads import header_bytes
@@ -61,7 +61,7 @@ def incoming() -> Incoming:
         target=raw_target(),
         headers=headers,
         fields={name.lower(): value for name, value in headers},
-        body=request.get_data(cache=False),
+        body=request.environ.get(BODY_KEY) or request.get_data(cache=False),
         behind_front=behind_front(),
     )
 

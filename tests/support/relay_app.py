@@ -24,7 +24,7 @@ from smartproxy.errors import from_code
 from smartproxy.proxy import routes
 from smartproxy.proxy.app import handle_errors, mind_browsers
 from smartproxy.proxy.browsers import Browsers
-from smartproxy.proxy.inference import Incoming, job_for
+from smartproxy.proxy.inference import Incoming, check_head, job_for
 from smartproxy.proxy.relay.relay import Job, Lease
 from smartproxy.proxy.worker.plain import Application
 from tests.support.wire import HOSTS, PAGE
@@ -106,6 +106,10 @@ def create_app() -> Application:
     def decide(incoming: Incoming) -> Job:
         return job_for(incoming, live.now, browsers, on_settled=None)
 
+    def admit(incoming: Incoming, length_bytes: int) -> int:
+        check_head(incoming, length_bytes, settings, browsers)
+        return settings.max_body_mb << 20
+
     def decide_plain(incoming: Incoming) -> Job:
         broker.counts["plain"] += 1
         return decide(incoming)
@@ -117,6 +121,7 @@ def create_app() -> Application:
         wsgi=app,
         broker=broker,
         decide=decide_plain,
+        admit=admit,
         browsers=browsers,
         on_refused=lambda status: None,
         paths=AllPaths() if "RELAY_TEST_PLAIN" in os.environ else (),

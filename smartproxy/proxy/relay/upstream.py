@@ -41,9 +41,9 @@ class ClientStalled(Exception):
     """The client has taken nothing for as long as a server may say nothing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Job:
-    """One request to relay, its body complete."""
+    """One request to relay, its body complete. Only the body changes, by `forget_body`."""
 
     model_id: str
     method: str
@@ -64,6 +64,14 @@ class Job:
     reader: bytes = b""
     #: who asks must not see the paths of this machine
     discreet: bool = False
+    #: told when nobody needs the body any more
+    on_body_done: Callable[[], None] | None = None
+
+    def forget_body(self) -> None:
+        """Let go of a body that can't be sent again: an answer has begun, and may take minutes."""
+        self.body = b""
+        if self.on_body_done:
+            self.on_body_done()
 
 
 class Exchange:
@@ -180,16 +188,20 @@ class Exchange:
         client = self._client
         if not client.began:
             client.begin(opened(head, self._job.reader))
-            self.answered = True
+            self._answer_begins()
             return body_for(head, client.framing)
         # The client waits with an event stream open: a stream goes on in it, all else becomes an
         # event.
         if head.status == 200 and head.is_event_stream:
-            self.answered = True
+            self._answer_begins()
             return body_for(head, client.framing)
         self._collected = []
         self._sink = self._collected.append
         return body_for(head, Framing.CLOSE)
+
+    def _answer_begins(self) -> None:
+        self.answered = True
+        self._job.forget_body()
 
     def _complete(self) -> None:
         if self._collected is None:

@@ -1,7 +1,8 @@
 """Answer bodies on their way: where the message ends, what the client gets of each piece.
 
 Bytes stay untouched wherever client and server can use the same framing; chunks are only read, not
-rebuilt. Fed in any splitting of the bytes.
+rebuilt. Trailers are left out: they would be headers that nobody looked at. Fed in any splitting of
+the bytes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from smartproxy.proxy.wire.heads import AnswerHead, BadAnswer, Framing
 
 #: a chunk of an event stream is passed on whole up to this size, so that an error event can follow
 MAX_HELD_BYTES = 65536
-#: of a chunk-size line or a trailer line
+#: of a chunk-size line or a trailer line, and of all trailer lines
 MAX_LINE_BYTES = 8192
+MAX_TRAILER_BYTES = 65536
+HEX_DIGITS = frozenset(b"0123456789abcdefABCDEF")
 
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
@@ -114,6 +117,9 @@ class PassedChunks(Body):
             return data  # a token, nearly always
         whole = self._scan.feed(data)
         self.done = self._scan.done
+        if self._scan.last_end >= 0:
+            data = data[: self._scan.last_end] + (b"\r\n" if self.done else b"")
+            whole = len(data) if self.done else whole
         if whole == len(data) or self.done:  # nearly always: a chunk comes in one piece
             passed, self._held = self._held + data[:whole], b""
             self.torn = False
@@ -150,9 +156,20 @@ class _Expect(Enum):
 class ChunkScan:
     """Follows chunked framing (RFC 9112 7.1) through pieces of any size."""
 
-    __slots__ = ("_expect", "_left_bytes", "_line", "_payload", "done")
+    __slots__ = (
+        "_expect",
+        "_left_bytes",
+        "_line",
+        "_payload",
+        "_trailer_bytes",
+        "done",
+        "last_end",
+    )
 
     def __init__(self, *, keep_payload: bool = False) -> None:
+        #: where trailers begin in what was fed last; -1: not in there
+        self.last_end = -1
+        self._trailer_bytes = 0
         self._left_bytes = 0
         self._line = b""
         self._expect = _Expect.SIZE
@@ -168,6 +185,8 @@ class ChunkScan:
         """Return how many bytes of `data` its last whole chunk ends at. Raises BadAnswer."""
         position = whole = 0
         size = len(data)
+        if self._expect is _Expect.TRAILER:
+            self.last_end = 0
         while position < size and not self.done:
             if self._left_bytes:
                 step = min(self._left_bytes, size - position)
@@ -179,12 +198,15 @@ class ChunkScan:
             newline = data.find(b"\n", position) + 1
             self._line += data[position : newline or size]
             if len(self._line) > MAX_LINE_BYTES:
-                raise BadAnswer("endless line in a chunked answer")
+                raise BadAnswer(f"a line between chunks is over {MAX_LINE_BYTES} bytes")
             if not newline:
+                self._check_part_of_line()
                 break
             position = newline
             if self._end_line():
                 whole = position
+            elif self._expect is _Expect.TRAILER and self.last_end < 0:
+                self.last_end = position
         return whole
 
     def take_payload(self) -> bytes:
@@ -193,6 +215,13 @@ class ChunkScan:
         payload = b"".join(self._payload)
         self._payload.clear()
         return payload
+
+    def _check_part_of_line(self) -> None:
+        """Refuse what can't become a line: its end might never come."""
+        if self._expect is _Expect.DATA_END and not b"\r\n".startswith(self._line):
+            raise BadAnswer("chunk longer than its size")
+        if self._expect is _Expect.SIZE and self._line[0] not in HEX_DIGITS:
+            raise BadAnswer(f"bad chunk size {self._line[:40]!r}")
 
     def _end_line(self) -> bool:
         """Take the line just read; true where it ends a chunk or the message."""
@@ -211,6 +240,9 @@ class ChunkScan:
             return True
         if not line.endswith(b"\r\n"):
             raise BadAnswer("bare line feed in a trailer")
+        self._trailer_bytes += len(line)
+        if self._trailer_bytes > MAX_TRAILER_BYTES:
+            raise BadAnswer(f"trailers of more than {MAX_TRAILER_BYTES} bytes")
         self.done = line == b"\r\n"
         return self.done
 

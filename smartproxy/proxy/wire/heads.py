@@ -32,6 +32,7 @@ HOP_BY_HOP = frozenset(
         b"proxy-authenticate",
         b"proxy-authorization",
         b"te",
+        b"trailer",  # we pass none on
         b"transfer-encoding",
         b"upgrade",
         b"http2-settings",

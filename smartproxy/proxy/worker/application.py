@@ -8,10 +8,7 @@ loop too. The sockets are `worker`'s part.
 from __future__ import annotations
 
 import io
-import socket
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -21,6 +18,7 @@ from gunicorn.http.parser import RequestParser
 from gunicorn.workers.base import Worker
 
 from smartproxy.errors import BadRequest, SmartProxyError
+from smartproxy.proxy.inference import BODY_KEY
 from smartproxy.proxy.relay.relay import HandedOver
 from smartproxy.proxy.wire.heads import (
     FIELD_VALUE,
@@ -34,9 +32,6 @@ from smartproxy.proxy.wire.own_answers import error_answer
 from smartproxy.proxy.worker.inbox import Connection, Reception, origin_in, path_in
 from smartproxy.proxy.worker.plain import Application
 
-#: for a client to go on with what it is sending, while a thread waits
-STALL_S = 60.0
-READ_BYTES = 65536
 #: of refusals that are no 400
 STATUS = {
     errors.ForbiddenProxyRequest: 403,
@@ -45,32 +40,6 @@ STATUS = {
     errors.LimitRequestHeaders: 431,
     errors.UnsupportedTransferCoding: 501,
 }
-
-
-class Source:
-    """What gunicorn's parser reads a request from: what is there, then the socket, if given."""
-
-    def __init__(self, data: bytes, sock: socket.socket | None) -> None:
-        self._pieces = deque([data])
-        self._sock = sock
-        #: somebody wanted to read beyond what there is
-        self.ran_dry = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        if self._pieces:
-            return self._pieces.popleft()
-        data = self._sock.recv(READ_BYTES) if self._sock else b""
-        if not data:
-            self.ran_dry = True
-            raise StopIteration
-        return data
-
-    def stop(self) -> None:
-        """Read nothing more from the socket."""
-        self._sock = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,8 +93,6 @@ class Outcome:
     #: head and body of an answer
     data: bytes = b""
     handed_over: HandedOver | None = None
-    #: what came of the next request already
-    left_over: bytes = b""
     #: what the relay and the access log need of the request
     req: Any = None
     environ: dict[str, Any] = field(default_factory=dict)
@@ -140,44 +107,35 @@ class ApplicationWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     nr: int
 
     def init_process(self) -> None:
+        self._application: Application | None = None
+        #: the same, where requests may go its short way
         self._plain: Application | None = None
         super().init_process()
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
         application = self.wsgi
-        if isinstance(application, Application) and not self.log.access_log_enabled:
-            self._plain = application  # an access log needs gunicorn's own objects
+        self._application = application if isinstance(application, Application) else None
+        if not self.log.access_log_enabled:
+            self._plain = self._application  # an access log needs gunicorn's own objects
 
     def handle(self, reception: Reception) -> Outcome:
         """Return what came of a connection's request; in a thread, or in the loop if collected."""
         conn, body = reception.conn, reception.body
-        reception.body = None
-        source = Source(reception.head, conn.sock if body is None else None)
+        reception.body = b""
         req = None
         try:
-            parser = RequestParser(self.cfg, source, conn.peer)
-            req = next(parser)
-            if body is not None:
-                _give_body(req, body)
-            outcome = self._run(req, conn)
-        except errors.NoMoreData as error:
-            self.log.debug("Ignored premature client disconnection. %s", error)
-            return Outcome()
-        except errors.ParseException as error:
+            req = next(RequestParser(self.cfg, [reception.head], conn.peer))
+            _give_body(req, body)
+            outcome = self._run(req, conn, body)
+        except (errors.ParseException, errors.NoMoreData) as error:
             self.log.warning("Invalid request from %s: %s", conn.peer, error)
             status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 400)
             refusal = BadRequest(f"not a request that can be answered: {error}")
             return self._refusal(reception, refusal, status)
-        except OSError as error:
-            self.log.debug("Ignored a broken connection. %s", error)
-            return Outcome()
         except Exception as error:  # an application's fault ends its request alone
             self.log.exception("Error handling request %s", req and req.uri)
             return self._refusal(reception, SmartProxyError(type(error).__name__), 500)
-        if body is None:
-            outcome.left_over, whole = _rest(req, parser, source)
-            outcome.keep_alive = outcome.keep_alive and whole
         if outcome.handed_over is None:
             outcome.data = outcome.reply.bytes_for(req.method, outcome.keep_alive)
             self.log_access(outcome)
@@ -190,12 +148,13 @@ class ApplicationWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self.log.info("Autorestarting worker after current request.")
             self.alive = False
 
-    def _run(self, req: Any, conn: Connection) -> Outcome:
+    def _run(self, req: Any, conn: Connection, body: bytes | bytearray) -> Outcome:
         """Call the application."""
         self.cfg.pre_request(self, req)
         started_at = datetime.now()  # noqa: DTZ005  # only its difference is used
         response, environ = wsgi.create(req, conn.sock, conn.peer, conn.server, self.cfg)
         environ["wsgi.multithread"] = True
+        environ[BODY_KEY] = body
         self.count_request()
         keep_alive = self.alive and bool(self.cfg.keepalive) and not req.should_close()
         outcome = Outcome(keep_alive=keep_alive, req=req, environ=environ, started_at=started_at)
@@ -205,14 +164,16 @@ class ApplicationWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         else:
             _collect(answer, outcome.reply)
         self.cfg.post_request(self, req, environ, response)
+        # the outcome lives as long as its answer: a large body must not
+        environ[BODY_KEY], environ["wsgi.input"], req.body = b"", None, None
         return outcome
 
     def reader(self, head: bytes | bytearray) -> bytes:
         """Return the origin whose pages may read the answer to a head that nobody could parse."""
-        origin, application = origin_in(head), self.wsgi
-        if not origin or not isinstance(application, Application):
+        origin = origin_in(head)
+        if not origin or self._application is None:
             return b""
-        return application.browsers.reader(origin.decode("latin-1"), path_in(head))
+        return self._application.browsers.reader(origin.decode("latin-1"), path_in(head))
 
     def _refusal(self, reception: Reception, error: SmartProxyError, status: int) -> Outcome:
         """Answer what the application never saw, or failed at; the connection ends with it."""
@@ -227,7 +188,22 @@ class ApplicationWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self.log.access(outcome.reply, outcome.req, outcome.environ, took)
 
 
-def _give_body(req: Any, body: bytes) -> None:
+class BodyStream(io.RawIOBase):
+    """A body to read from; it is not copied before."""
+
+    def __init__(self, body: bytes | bytearray) -> None:
+        self._left = memoryview(body)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, room: Any) -> int:
+        size = min(len(room), len(self._left))
+        room[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+
+def _give_body(req: Any, body: bytes | bytearray) -> None:
     """Let the application read a collected body without gunicorn's copying it piece by piece.
 
     Raises gunicorn's InvalidHeader where its parser sees another length than we did.
@@ -235,7 +211,7 @@ def _give_body(req: Any, body: bytes) -> None:
     lengths = [value for name, value in req.headers if name == "CONTENT-LENGTH"]
     if int(lengths[0] if lengths else 0) != len(body):
         raise errors.InvalidHeader("CONTENT-LENGTH", req=req)
-    req.body = io.BytesIO(body)
+    req.body = io.BufferedReader(BodyStream(body))
 
 
 def _collect(answer: Iterable[bytes], reply: Reply) -> None:
@@ -244,16 +220,3 @@ def _collect(answer: Iterable[bytes], reply: Reply) -> None:
     finally:
         if hasattr(answer, "close"):
             answer.close()
-
-
-def _rest(req: Any, parser: Any, source: Source) -> tuple[bytes, bool]:
-    """Return what was read of the next request, and whether this one's body was read to its end.
-
-    The rest of an upload that nobody wanted is not waited for.
-    """
-    source.stop()
-    with suppress(errors.ParseException, OSError):
-        while req.body.read(READ_BYTES):
-            pass
-    whole = not source.ran_dry
-    return b"".join(iter(parser.unreader.read, b"")), whole

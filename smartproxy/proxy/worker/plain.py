@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from smartproxy.proxy.browsers import Browsers
 from smartproxy.proxy.inference import INFERENCE_PATHS, Incoming
 from smartproxy.proxy.relay.relay import Broker
 from smartproxy.proxy.relay.upstream import Job
+from smartproxy.proxy.wire.request_head import RequestHead
 
 #: gunicorn's limits on lines and their number are looked at for longer ones
 MAX_HEAD_BYTES = 8192
@@ -60,6 +62,9 @@ class Application:
     broker: Broker
     #: raises SmartProxyError
     decide: Callable[[Incoming], Job]
+    #: given a request without its body, and the length that its head tells (0: none, or not yet
+    #: known); returns how many bytes the body may have. Raises SmartProxyError
+    admit: Callable[[Incoming, int], int]
     browsers: Browsers
     #: told the status of a refusal
     on_refused: Callable[[int], None]
@@ -73,7 +78,11 @@ class Application:
 
 
 def incoming_of(
-    plain: PlainRequest, body: bytes, paths: Container[str], *, behind_front: bool = False
+    plain: PlainRequest,
+    body: bytes | bytearray,
+    paths: Container[str],
+    *,
+    behind_front: bool = False,
 ) -> Incoming | None:
     """Return a plain request as the decision sees it; None: it goes the other way.
 
@@ -89,6 +98,20 @@ def incoming_of(
         headers=plain.headers,
         fields=plain.fields,
         body=body,
+        behind_front=behind_front,
+    )
+
+
+def incoming_head(head: RequestHead, *, behind_front: bool) -> Incoming:
+    """Return a request as the decision sees it, without its body."""
+    target = head.target.decode("latin-1")
+    return Incoming(
+        method=head.method.decode("latin-1"),
+        path=unquote(target.partition("?")[0]),
+        target=target,
+        headers=head.headers,
+        fields={name.lower(): value for name, value in head.headers},
+        body=b"",
         behind_front=behind_front,
     )
 

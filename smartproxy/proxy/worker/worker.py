@@ -24,11 +24,18 @@ from smartproxy.proxy.relay import nginx, relay
 from smartproxy.proxy.relay.relay import HandedOver, Request
 from smartproxy.proxy.relay.socket_client import SocketClient
 from smartproxy.proxy.wire.own_answers import error_answer
-from smartproxy.proxy.worker.application import STALL_S, ApplicationWorker, Outcome
+from smartproxy.proxy.wire.request_head import RequestHead
+from smartproxy.proxy.worker.application import ApplicationWorker, Outcome
 from smartproxy.proxy.worker.balance import Neighbours
-from smartproxy.proxy.worker.inbox import Collected, Connection, Reception, path_in
+from smartproxy.proxy.worker.inbox import Connection, Desk, Reception, path_in
 from smartproxy.proxy.worker.plain import MAX_BODY_BYTES as MAX_PLAIN_BODY_BYTES
-from smartproxy.proxy.worker.plain import Application, incoming_of, plain_request
+from smartproxy.proxy.worker.plain import (
+    Application,
+    incoming_head,
+    incoming_of,
+    plain_request,
+)
+from smartproxy.proxy.worker.uploads import LARGE_ROOM_BYTES, SMALL_ROOM_BYTES, Room
 
 #: before the end of graceful_timeout (when the master kills) open streams get their final event
 FAREWELL_S = 2.0
@@ -42,6 +49,8 @@ NEIGHBOURS_TURN_S = 0.001
 MAX_INLINE_BYTES = 131072
 #: answered in the loop too: in about a millisecond, and also when every thread waits for a load
 QUICK_PATHS = frozenset({"/health"})
+#: of an application that is none of ours
+MAX_UNKNOWN_BODY_BYTES = 64 << 20
 #: so many paths that hand over are remembered
 MAX_INLINE_PATHS = 64
 
@@ -65,7 +74,6 @@ class RelayWorker(ApplicationWorker):
         self._threads = ThreadPoolExecutor(self.cfg.threads, thread_name_prefix="application")
         #: paths whose last request was handed over
         self._inline_paths: set[str] = set()
-        self._collected = Collected()
         #: waiting for a request, the one that waits longest first
         self._waiting: dict[Reception, None] = {}
         self._stopping_at: float | None = None
@@ -73,6 +81,16 @@ class RelayWorker(ApplicationWorker):
         self._neighbours = Neighbours(self.age)
         self._relay = relay.run_here()
         self._loop = self._relay.loop
+        self._desk = Desk(
+            loop=self._loop,
+            small_room=Room(SMALL_ROOM_BYTES),
+            large_room=Room(LARGE_ROOM_BYTES),
+            admit=self._admit,
+            on_request=self._received,
+            on_refused=self._refused,
+            on_gone=self._gone,
+            reader=self.reader,
+        )
         super().init_process()
 
     def run(self) -> None:
@@ -131,7 +149,9 @@ class RelayWorker(ApplicationWorker):
                 break
             expired.append(reception)
         for reception in expired:
-            self._gone(reception)
+            if reception.lives_on(now):
+                del self._waiting[reception]  # to the end: the order is that of the deadlines
+                self._set_deadline(reception)
 
     def _accept_new(self, enabled: bool) -> None:
         if enabled is self._accepting:
@@ -165,19 +185,32 @@ class RelayWorker(ApplicationWorker):
         self._count(1)
         sock.setblocking(False)
         conn = Connection(sock=sock, peer=peer, server=listener.getsockname())
-        reception = Reception(
-            self._loop, conn, self._collected, self._received, self._gone, self.reader
-        )
-        self._wait(reception, b"")
+        self._wait(Reception(self._desk, conn), b"")
         if self.nr_conns >= self.cfg.worker_connections:
             self._accept_new(False)
 
     def _wait(self, reception: Reception, read_ahead: bytes) -> None:
         """Wait for a connection's next request."""
+        self._set_deadline(reception)
+        reception.wait(read_ahead)
+
+    def _set_deadline(self, reception: Reception) -> None:
         keepalive_s = self.cfg.keepalive if self._stopping_at is None else IDLE_FAREWELL_S
         reception.deadline = time.monotonic() + keepalive_s
         self._waiting[reception] = None
-        reception.wait(read_ahead)
+
+    def _admit(self, conn: Connection, head: RequestHead) -> int:
+        """Return how many bytes a request's body may have. Raises SmartProxyError."""
+        if self._application is None:
+            return MAX_UNKNOWN_BODY_BYTES
+        incoming = incoming_head(head, behind_front=conn.sock.family == socket.AF_UNIX)
+        return self._application.admit(incoming, head.length_bytes)
+
+    def _refused(self, reception: Reception, status: int) -> None:
+        """It was answered before its request was whole, and ends by itself."""
+        self._waiting.pop(reception, None)
+        if self._application:
+            self._application.on_refused(status)
 
     def _gone(self, reception: Reception) -> None:
         self._waiting.pop(reception, None)
@@ -196,26 +229,27 @@ class RelayWorker(ApplicationWorker):
             self._accept_new(True)
 
     def _received(self, reception: Reception) -> None:
-        """A request is there (or a head whose body must be read from the socket)."""
+        """A request is there."""
         self._waiting.pop(reception, None)
         body, head = reception.body, reception.head
         path = path_in(head)
-        if body is not None:
-            if self._plain and self._try_plain(self._plain, reception, body):
-                return
-            quick = path in self._inline_paths or path in QUICK_PATHS
-            if quick and len(head) + len(body) <= MAX_INLINE_BYTES:
-                self._handled(reception, path, self.handle(reception))
-                return
+        if self._plain and self._try_plain(self._plain, reception, body):
+            return
+        quick = path in self._inline_paths or path in QUICK_PATHS
+        if quick and len(head) + len(body) <= MAX_INLINE_BYTES:
+            self._handled(reception, path, self.handle(reception))
+            return
         reception.channel.read(False)
-        future = self._threads.submit(self._handle_in_thread, reception)
+        future = self._threads.submit(self.handle, reception)
         future.add_done_callback(
             lambda done: self._loop.call_soon_threadsafe(
                 self._handled_in_thread, reception, path, done
             )
         )
 
-    def _try_plain(self, application: Application, reception: Reception, body: bytes) -> bool:
+    def _try_plain(
+        self, application: Application, reception: Reception, body: bytes | bytearray
+    ) -> bool:
         """Relay or refuse a plain request without gunicorn's parser and Flask; false: not one."""
         if len(body) > MAX_PLAIN_BODY_BYTES:
             return False
@@ -227,7 +261,7 @@ class RelayWorker(ApplicationWorker):
         incoming = incoming_of(plain, body, application.paths, behind_front=behind_front)
         if incoming is None:
             return False
-        reception.body = None
+        reception.body = b""
         self.count_request()
         client = SocketClient(
             self._loop,
@@ -247,20 +281,12 @@ class RelayWorker(ApplicationWorker):
             retry=plain.field(b"x-smartproxy-retry"),
             family=family,
         )
+        if reception.has_large_body:
+            job.on_body_done = reception.forget_body
         self._relay.start_here(
             Request(job=job, broker=application.broker, client=client, delivery=delivery)
         )
         return True
-
-    def _handle_in_thread(self, reception: Reception) -> Outcome:
-        sock = reception.conn.sock
-        if reception.body is not None:
-            return self.handle(reception)
-        sock.settimeout(STALL_S)
-        try:
-            return self.handle(reception)
-        finally:
-            sock.setblocking(False)
 
     def _handled_in_thread(self, reception: Reception, path: str, done: Future[Outcome]) -> None:
         if error := done.exception():
@@ -282,7 +308,7 @@ class RelayWorker(ApplicationWorker):
             self._loop,
             reception.channel,
             keep_alive=outcome.keep_alive,
-            on_done=partial(self._relayed, reception, left_over=outcome.left_over),
+            on_done=partial(self._relayed, reception),
         )
         client.write(outcome.data)
         client.finish()
@@ -296,6 +322,7 @@ class RelayWorker(ApplicationWorker):
             keep_alive=outcome.keep_alive,
             on_done=partial(self._relayed_outcome, reception, outcome),
         )
+        handed_over.job.on_body_done = reception.forget_body
         self._relay.start_here(
             Request(
                 job=handed_over.job,
@@ -311,10 +338,11 @@ class RelayWorker(ApplicationWorker):
         outcome.reply.status = str(client.sent_status or 499)  # nginx's number for one that left
         outcome.reply.sent = client.sent_body_bytes
         self.log_access(outcome)
-        self._relayed(reception, client, outcome.left_over)
+        self._relayed(reception, client)
 
-    def _relayed(self, reception: Reception, client: SocketClient, left_over: bytes = b"") -> None:
+    def _relayed(self, reception: Reception, client: SocketClient) -> None:
         if client.keep_alive:
-            self._wait(reception, left_over + client.read_ahead)
+            self._wait(reception, client.read_ahead)
         else:
+            reception.forget_body()
             self._forget()

@@ -89,10 +89,15 @@ def test_bytes_behind_the_last_chunk_are_dropped() -> None:
     assert body.done
 
 
-def test_trailers_belong_to_the_body() -> None:
-    data = b"1;ext=1\r\na\r\n0\r\nX-Sum: 1\r\n\r\n"
-    body = PassedChunks(hold_bytes=0)
-    assert b"".join(body.feed(data[i : i + 1]) for i in range(len(data))) == data
+@pytest.mark.parametrize("hold_bytes", [0, 65536])
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 1000])
+@pytest.mark.parametrize("trailers", [b"", b"X-Sum: 1\r\n", b"Set-Cookie: a\r\nX: b\r\n"])
+def test_trailers_are_left_out(hold_bytes: int, step: int, trailers: bytes) -> None:
+    chunks = b"1;ext=1\r\na\r\n0\r\n"
+    data = chunks + trailers + b"\r\n"
+    body = PassedChunks(hold_bytes=hold_bytes)
+    passed = b"".join(body.feed(data[i : i + step]) for i in range(0, len(data), step))
+    assert passed == chunks + b"\r\n"
     assert body.done
 
 
@@ -107,6 +112,9 @@ def test_trailers_belong_to_the_body() -> None:
         b"\r\n",
         b"5_0\r\n",
         b"g" * 9000,
+        b"z",
+        b"1\r\nab",
+        b"0\r\n" + b"X: 1\r\n" * 20000,
     ],
 )
 def test_broken_chunk_framing_is_refused(data: bytes) -> None:
