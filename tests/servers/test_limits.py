@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import socket
 import threading
 import time
@@ -167,6 +169,20 @@ def test_bodies_that_pause_hold_no_thread(tmp_path: Path) -> None:
             assert refused.status == 404
         for wire in wires:
             wire.sock.close()
+
+
+def test_a_worker_without_files_takes_connections_again(tmp_path: Path) -> None:
+    with gunicorn(tmp_path) as proxy:
+        worker = int(proxy.health()["pid"])
+        highest = max(int(name) for name in os.listdir(f"/proc/{worker}/fd"))
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (highest + 5, highest + 5))
+        wires = [proxy.connect() for _ in range(30)]
+        wait_until(lambda: "can't be taken" in proxy.log.read_text(), "accept failed")
+        for wire in wires:
+            wire.sock.close()
+        assert proxy.health()["pid"] == worker
+        wait_until(lambda: "are taken again" in proxy.log.read_text(), "accepts again")
+        assert proxy.log.read_text().count("can't be taken") == 1
 
 
 # memory

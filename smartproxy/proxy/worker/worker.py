@@ -20,6 +20,7 @@ from typing import Any
 from gunicorn.errors import ConfigError
 
 from smartproxy.errors import SmartProxyError
+from smartproxy.proxy.outage import Outage
 from smartproxy.proxy.relay import nginx, relay
 from smartproxy.proxy.relay.relay import HandedOver, Request
 from smartproxy.proxy.relay.socket_client import SocketClient
@@ -45,6 +46,8 @@ TICK_S = 1.0
 STOPPING_TICK_S = 0.05
 #: how long a new connection is left to a worker that has fewer
 NEIGHBOURS_TURN_S = 0.001
+#: after a failed `accept`; the tick and a connection that ends try again sooner
+ACCEPT_PAUSE_S = 0.1
 #: requests up to this are handled in the loop where their path hands over; more would hold it up
 MAX_INLINE_BYTES = 131072
 #: answered in the loop too: in about a millisecond, and also when every thread waits for a load
@@ -71,6 +74,12 @@ class RelayWorker(ApplicationWorker):
         self.check_config(self.cfg, self.log)
         self.nr_conns = 0
         self._accepting = False
+        self._not_accepting = Outage(
+            self.log.error_log,
+            what="new connections can't be taken",
+            over="new connections are taken again",
+            after_s=0,
+        )
         self._threads = ThreadPoolExecutor(self.cfg.threads, thread_name_prefix="application")
         #: paths whose last request was handed over
         self._inline_paths: set[str] = set()
@@ -182,12 +191,26 @@ class RelayWorker(ApplicationWorker):
             sock, peer = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
+        except OSError as error:  # no files or no memory are left, here or in the whole system
+            self._accept_failed(error)
+            return
+        self._not_accepting.worked(time.monotonic())
         self._count(1)
         sock.setblocking(False)
         conn = Connection(sock=sock, peer=peer, server=listener.getsockname())
         self._wait(Reception(self._desk, conn), b"")
         if self.nr_conns >= self.cfg.worker_connections:
             self._accept_new(False)
+
+    def _accept_failed(self, error: OSError) -> None:
+        """Take no connections for a moment. What waits in the kernel would wake us all the time."""
+        self._not_accepting.failed(error, time.monotonic())
+        self._accept_new(False)
+        self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again)
+
+    def _accept_again(self) -> None:
+        if self.alive:
+            self._accept_new(self.nr_conns < self.cfg.worker_connections)
 
     def _wait(self, reception: Reception, read_ahead: bytes) -> None:
         """Wait for a connection's next request."""
