@@ -302,3 +302,14 @@ def test_a_server_does_not_open_itself_to_pages(proxy: Gunicorn) -> None:
         with Upstream(lambda visit: visit.send(said)) as upstream, proxy.connect() as wire:
             answer = wire.post("/x", {"model": str(upstream.port)}, extra).read_answer()
         assert answer.header("access-control-allow-origin") == reader
+
+
+def test_a_servers_redirect_is_passed_on_and_not_followed_with_a_key(proxy: Gunicorn) -> None:
+    said = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/x\r\nContent-Length: 0\r\n\r\n"
+    keys = "Authorization: Bearer client\r\nX-Api-Key: client\r\nCookie: a=b\r\n"
+    with Upstream(lambda visit: visit.send(said)) as upstream, proxy.connect() as wire:
+        answer = wire.post("/x", {"model": str(upstream.port)}, keys).read_answer()
+        assert (answer.status, answer.header("location")) == (302, "http://127.0.0.1:1/x")
+        assert len(upstream.visits) == 1
+        assert upstream.visits[0].headers[b"authorization"] == b"Bearer server-key"
+        assert b"client" not in upstream.visits[0].head
