@@ -38,7 +38,7 @@ def create_app(settings: Settings) -> Application:
     store = Store(settings.state_dir / "state.db")
     counting, broker = RequestCounts(store), Broker(store, live)
     app.register_blueprint(monitoring.blueprint(live, store, counting))
-    app.register_blueprint(models.blueprint(live, store))
+    app.register_blueprint(models.blueprint(live, store, broker))
     app.register_blueprint(pausing.blueprint(live, store))
 
     def decide(incoming: Incoming) -> Job:

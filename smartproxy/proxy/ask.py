@@ -1,21 +1,29 @@
-"""Ask the manager for something by hand and wait for its word: load, unload, plan. Blocks."""
+"""Ask the manager for something by hand and wait for its word: load, unload, plan.
+
+`ask_manager` blocks, for a command. A worker asks in its loop: no thread waits, what a request for
+a load is bounded by (`max_queue`) holds for one by hand, and it ends when its caller goes.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smartproxy.catalog.live import Live
 from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, StateError, from_code
 from smartproxy.lifetime import worker_id
-from smartproxy.proxy.ensure import MANAGER_PATIENCE_S, send_poke
+from smartproxy.proxy.ensure import MANAGER_PATIENCE_S, Broker, send_poke
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import leases
 from smartproxy.state.manager_row import manager_view
 from smartproxy.state.store import Store
 
 LOOK_EVERY_S = 0.02
+#: {} where being done is the answer
+Answer = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +38,8 @@ class Question:
     patience_s: float = MANAGER_PATIENCE_S
 
 
-def ask_manager(store: Store, state_dir: Path, question: Question) -> dict[str, Any]:
-    """Return the manager's answer, {} where being done is the answer.
+def ask_manager(store: Store, state_dir: Path, question: Question) -> Answer:
+    """Return the manager's answer.
 
     Raises what it answers with, ManagerDown, ShuttingDown or LoadTimeout.
     """
@@ -48,35 +56,86 @@ def ask_manager(store: Store, state_dir: Path, question: Question) -> dict[str, 
         demand_rows.withdraw(store, [demand_id])
 
 
-def _await(store: Store, worker: str, demand_id: int, question: Question) -> dict[str, Any]:
-    deadline, renew_at = time.monotonic() + question.limit_s, time.monotonic() + leases.RENEW_S
-    silent_since: float | None = None
-    looked_at = time.monotonic()
-    while True:
-        answer = demand_rows.read_answers(store, [demand_id]).get(demand_id)
+async def ask_in_loop(broker: Broker, store: Store, live: Live, question: Question) -> Answer:
+    """Return the manager's answer, as `ask_manager`; raises QueueFull too. Cancelled, it withdraws.
+
+    Called in the relay loop.
+    """
+    settings = live.settings
+    asked = asyncio.ensure_future(
+        broker.write(
+            lambda: demand_rows.ask(
+                store,
+                question.kind,
+                question.model_id,
+                worker_id(),
+                now=store.now(),
+                explicit=True,
+                max_queue=settings.max_queue if question.kind == "load" else None,
+            )
+        )
+    )
+    try:
+        try:
+            # shielded: a caller that goes now leaves a row that must be withdrawn
+            demand_id = await asyncio.shield(asked)
+        except StateError as error:
+            raise ManagerDown(f"the state file can't be written: {error}") from None
+        send_poke(settings.state_dir, question.kind.encode())
+        broker.keep_renewing()
+        wait = _Wait(store, demand_id, question)
+        while (answer := wait.look()) is None:
+            await asyncio.sleep(LOOK_EVERY_S)
+        return answer
+    finally:
+        asked.add_done_callback(broker.withdraw)
+
+
+def _await(store: Store, worker: str, demand_id: int, question: Question) -> Answer:
+    wait, renew_at = _Wait(store, demand_id, question), time.monotonic() + leases.RENEW_S
+    while (answer := wait.look()) is None:
+        if time.monotonic() > renew_at:
+            leases.renew(store, worker, now=store.now())
+            renew_at = time.monotonic() + leases.RENEW_S
+        time.sleep(LOOK_EVERY_S)
+    return answer
+
+
+class _Wait:
+    """One question's wait for its answer."""
+
+    def __init__(self, store: Store, demand_id: int, question: Question) -> None:
+        self._store = store
+        self._demand_id = demand_id
+        self._question = question
+        self._looked_at = time.monotonic()
+        self._deadline = self._looked_at + question.limit_s
+        #: since when the manager gives no sign
+        self._silent_since: float | None = None
+
+    def look(self) -> Answer | None:
+        """Return the answer if it is there. Raises what it says, and what ends the wait."""
+        answer = demand_rows.read_answers(self._store, [self._demand_id]).get(self._demand_id)
         if answer is not None:
             if answer.error_code:
                 raise from_code(answer.error_code, answer.message or "")
             return answer.answer or {}
-        now = time.monotonic()
-        if now > deadline:
+        question, now = self._question, time.monotonic()
+        if now > self._deadline:
             raise LoadTimeout(
                 f"{question.kind} of '{question.model_id}' was not done after"
                 f" {question.limit_s:.0f} s"
             )
-        view = manager_view(store)
+        view = manager_view(self._store)
         if view.paused_at is not None:
-            deadline += now - looked_at  # the manager loads nothing meanwhile
-        looked_at = now
+            self._deadline += now - self._looked_at  # the manager loads nothing meanwhile
+        self._looked_at = now
         if view.ending():
             raise ShuttingDown("the proxy is being stopped")
-        if view.alive(store.now()):
-            silent_since = None
-        elif silent_since is None:
-            silent_since = now
-        elif now - silent_since > question.patience_s:
+        if view.alive(self._store.now()):
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = now
+        elif now - self._silent_since > question.patience_s:
             raise ManagerDown(f"the manager does not answer; '{question.kind}' was not done")
-        if now > renew_at:
-            leases.renew(store, worker, now=store.now())
-            renew_at = now + leases.RENEW_S
-        time.sleep(LOOK_EVERY_S)
+        return None

@@ -118,7 +118,7 @@ class Broker:
         finally:
             # not before the lease is written: a server that nobody seems to want may be evicted
             if asked is not None:
-                asked.add_done_callback(self._withdraw)
+                asked.add_done_callback(self.withdraw)
 
     def release(self, lease: Lease) -> None:
         """Give a hold back."""
@@ -135,7 +135,7 @@ class Broker:
         if writing is None:
             writing = asyncio.create_task(self._write_lease(server_id))
             self._leases[server_id] = writing
-            self._keep_renewing()
+            self.keep_renewing()
         taken = False
         try:
             taken = await asyncio.shield(writing)
@@ -153,7 +153,7 @@ class Broker:
     async def _write_lease(self, server_id: int) -> bool:
         """Return whether the server can be used: it is ready, or the file can't say otherwise."""
         try:
-            taken = await self._write(
+            taken = await self.write(
                 lambda: leases.take_lease(
                     self._store, self._worker, server_id, now=self._store.now()
                 )
@@ -179,7 +179,8 @@ class Broker:
             leases.release_lease, self._store, self._worker, server_id, last_used_at=used_at
         )
 
-    def _keep_renewing(self) -> None:
+    def keep_renewing(self) -> None:
+        """Have this worker's leases and demands renewed from now on."""
         if self._renewing is None or self._renewing.done():
             self._renewing = asyncio.create_task(self._renew())
 
@@ -188,14 +189,15 @@ class Broker:
         while True:
             await asyncio.sleep(leases.RENEW_S)
             try:
-                await self._write(
+                await self.write(
                     lambda: leases.renew(self._store, self._worker, now=self._store.now())
                 )
                 self._not_renewed.worked(time.monotonic())
             except StateError as error:
                 self._not_renewed.failed(error, time.monotonic())
 
-    async def _write(self, work: Callable[[], T]) -> T:
+    async def write(self, work: Callable[[], T]) -> T:
+        """Run a write in the one thread that writes."""
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
     def _ready_route(self, model_id: str, avoid_server_id: int | None) -> Route | None:
@@ -237,14 +239,15 @@ class Broker:
                 raise ShuttingDown("the proxy is being stopped")
             await self._moves.after(version, within_s=LOOK_ANYWAY_S)
 
-    def _withdraw(self, asked: asyncio.Task[int]) -> None:
+    def withdraw(self, asked: asyncio.Future[int]) -> None:
+        """Withdraw the demand that was asked for, if it came to one."""
         if not asked.cancelled() and asked.exception() is None:
             self._writer.submit(demand_rows.withdraw, self._store, [asked.result()])
 
     async def _ask(self, model_id: str) -> int:
         """Insert the demand and wake the manager; a file that is not there yet is its to make."""
         demand_id = await self._insert_demand(model_id)
-        self._keep_renewing()
+        self.keep_renewing()
         self.poke(b"load")
         return demand_id
 
@@ -252,7 +255,7 @@ class Broker:
         give_up_at = time.monotonic() + MANAGER_PATIENCE_S
         while True:
             try:
-                return await self._write(
+                return await self.write(
                     lambda: demand_rows.ask(
                         self._store,
                         "load",

@@ -503,6 +503,20 @@ def test_health_answers_while_operators_wait_for_loads(tmp_path: Path) -> None:
             thread.join(30)
 
 
+def test_loads_by_api_count_in_the_queue_and_end_with_their_caller(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model(silent_load=1)}, max_queue=3) as proxy:
+        ask = b"POST /api/models/m/load HTTP/1.1\r\nHost: localhost\r\nX-Requested-With: x\r\n\r\n"
+        callers = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(3)]
+        for caller in callers:
+            caller.sendall(ask)
+        wait_until(lambda: len(proxy.rows("SELECT 1 FROM demands")) == 3, what="all wait")
+        answer = proxy.post("/api/models/m/load")
+        assert (answer.status_code, code_of(answer)) == (429, "queue_full")
+        for caller in callers:
+            caller.close()
+        wait_until(lambda: not proxy.rows("SELECT 1 FROM demands"), what="they left the queue")
+
+
 def test_a_stop_lets_streams_finish_and_sends_away_who_waits(tmp_path: Path) -> None:
     models = {"m": fake_model(), "slow": fake_model(silent_load=1)}
     with running(tmp_path, models) as proxy, ThreadPoolExecutor(2) as pool:

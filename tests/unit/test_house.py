@@ -80,7 +80,7 @@ ROWS = {
     "proxy/wire": row("errors", "orjson"),
     "proxy/relay": row("errors proxy/wire", "flask werkzeug orjson uvloop"),
     "proxy/pages": row(
-        "types errors entities lifetime config catalog gpus state proxy",
+        "types errors entities lifetime config catalog gpus state proxy proxy/relay proxy/wire",
         "flask prometheus_client tabulate yaml",
     ),
     "proxy/worker": row("errors proxy proxy/wire proxy/relay", "gunicorn"),

@@ -9,16 +9,21 @@ from flask import Blueprint, Response, g, jsonify, request
 from smartproxy.catalog.live import Live
 from smartproxy.errors import ModelNotFound, RouteNotFound
 from smartproxy.proxy import auth
-from smartproxy.proxy.ask import Question, ask_manager
+from smartproxy.proxy.ask import Question, ask_in_loop
+from smartproxy.proxy.ensure import Broker
 from smartproxy.proxy.pages import view
 from smartproxy.proxy.pages.discreet import for_role
+from smartproxy.proxy.relay.errand import ErrandResponse
+from smartproxy.proxy.wire.own_answers import OwnAnswer, json_answer
 from smartproxy.state.store import Store
 
 #: a plan is decided in milliseconds; before it the GPUs must have been looked at once
 PLAN_LIMIT_S = 30.0
+#: no page of another origin reads what /api/ says
+NOBODY = b""
 
 
-def blueprint(live: Live, store: Store) -> Blueprint:
+def blueprint(live: Live, store: Store, broker: Broker) -> Blueprint:
     """Return the operations' routes."""
     operations = Blueprint("operations", __name__)
 
@@ -26,21 +31,21 @@ def blueprint(live: Live, store: Store) -> Blueprint:
     def check_key() -> None:
         g.role = auth.check(request, live.settings)
 
-    def listed() -> list[dict[str, Any]]:
-        return [for_role(entry, g.role) for entry in view.model_list(store, live.catalog)]
+    def listed(role: auth.Role) -> list[dict[str, Any]]:
+        return [for_role(entry, role) for entry in view.model_list(store, live.catalog)]
 
-    def entry(model_id: str) -> Response:
-        return jsonify(next(entry for entry in listed() if entry["id"] == model_id))
+    def entry(model_id: str, role: auth.Role) -> dict[str, Any]:
+        return next(entry for entry in listed(role) if entry["id"] == model_id)
 
     @operations.get("/v1/models")
     @operations.get("/models")
     def models() -> Response:
-        return jsonify({"object": "list", "data": listed()})
+        return jsonify({"object": "list", "data": listed(g.role)})
 
     @operations.get("/v1/models/<path:name>")
     @operations.get("/models/<path:name>")
     def model(name: str) -> Response:
-        return entry(live.catalog.resolve(name).id)
+        return jsonify(entry(live.catalog.resolve(name).id, g.role))
 
     @operations.post("/api/models/<path:rest>")
     def act(rest: str) -> Response:
@@ -52,8 +57,13 @@ def blueprint(live: Live, store: Store) -> Blueprint:
             raise RouteNotFound(f"no operation POST '{verb}'; there are load and unload")
         limit_s = live.settings.longest_wait_s(spec.id)
         question = Question(kind=verb, model_id=spec.id, limit_s=limit_s)
-        ask_manager(store, live.settings.state_dir, question)
-        return entry(spec.id)
+        role = g.role
+
+        async def work() -> OwnAnswer:
+            await ask_in_loop(broker, store, live, question)
+            return json_answer(entry(spec.id, role))
+
+        return ErrandResponse(work, NOBODY)
 
     @operations.get("/api/models/<path:rest>")
     def tell(rest: str) -> Response:
@@ -64,6 +74,10 @@ def blueprint(live: Live, store: Store) -> Blueprint:
         if verb != "plan":
             raise RouteNotFound(f"no operation GET '{verb}'; there is plan")
         question = Question(kind="plan", model_id=spec.id, limit_s=PLAN_LIMIT_S)
-        return jsonify(ask_manager(store, live.settings.state_dir, question))
+
+        async def work() -> OwnAnswer:
+            return json_answer(await ask_in_loop(broker, store, live, question))
+
+        return ErrandResponse(work, NOBODY)
 
     return operations

@@ -65,11 +65,21 @@ class Broker(Protocol):
         """Give the hold back; never blocks."""
 
 
+class Running(Protocol):
+    """What goes on in the loop for one client."""
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin."""
+
+    def stop(self, reason: SmartProxyError) -> None:
+        """End it now, telling the client why as far as that is still possible."""
+
+
 class HandedOver:
     """The answer of a WSGI application to a request that is the relay's.
 
-    A RelayWorker takes `job`, `broker` and `delivery` out of it. Any other server iterates it,
-    which blocks until the answer's head is there and then yields its body.
+    A RelayWorker starts `for_client`. Any other server iterates it, which blocks until the answer's
+    head is there and then yields its body.
     """
 
     def __init__(
@@ -88,12 +98,19 @@ class HandedOver:
     def __iter__(self) -> Iterator[bytes]:
         loop = relay_loop()
         self._client = client = WsgiClient(loop.loop)
-        delivery = Delivery(
-            failed_server_id=self.delivery.failed_server_id
-        )  # an iterable can't redirect
-        loop.start(Request(job=self.job, broker=self.broker, client=client, delivery=delivery))
+        loop.start(self.for_client(client, direct=True))
         self._start_response(*client.head.result())
         return client
+
+    def for_client(
+        self, client: Client, on_body_done: Callable[[], None] | None = None, *, direct: bool
+    ) -> Running:
+        """Return what answers the client. direct: nginx can't be sent to the server instead."""
+        self.job.on_body_done = on_body_done
+        delivery = self.delivery
+        if direct:
+            delivery = Delivery(failed_server_id=delivery.failed_server_id)
+        return Request(job=self.job, broker=self.broker, client=client, delivery=delivery)
 
     def close(self) -> None:
         """Called by the WSGI server when it is done, or its client is gone."""
@@ -245,13 +262,13 @@ class RelayLoop:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = uvloop.new_event_loop()
-        self._live: set[Request] = set()
+        self._live: set[Running] = set()
 
-    def start(self, request: Request) -> None:
+    def start(self, request: Running) -> None:
         """Start a request (any thread)."""
         self.loop.call_soon_threadsafe(self.start_here, request)
 
-    def start_here(self, request: Request) -> None:
+    def start_here(self, request: Running) -> None:
         """Start a request (loop thread)."""
         self._live.add(request)
         request.start().add_done_callback(lambda _task: self._live.discard(request))

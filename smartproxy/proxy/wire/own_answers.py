@@ -70,6 +70,15 @@ def error_answer(error: SmartProxyError, reader: bytes, *, status: int | None = 
     )
 
 
+def json_answer(body: object) -> OwnAnswer:
+    """Return an answer of JSON, with sorted keys as Flask's are."""
+    return OwnAnswer(
+        status=200,
+        headers=((b"Content-Type", b"application/json"),),
+        body=orjson.dumps(body, option=orjson.OPT_SORT_KEYS) + b"\n",
+    )
+
+
 def event_stream_head(reader: bytes) -> AnswerHead:
     """Return the head of a stream that begins before its server has answered."""
     return AnswerHead(

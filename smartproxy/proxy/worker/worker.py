@@ -345,15 +345,7 @@ class RelayWorker(ApplicationWorker):
             keep_alive=outcome.keep_alive,
             on_done=partial(self._relayed_outcome, reception, outcome),
         )
-        handed_over.job.on_body_done = reception.forget_body
-        self._relay.start_here(
-            Request(
-                job=handed_over.job,
-                broker=handed_over.broker,
-                client=client,
-                delivery=handed_over.delivery,
-            )
-        )
+        self._relay.start_here(handed_over.for_client(client, reception.forget_body, direct=False))
 
     def _relayed_outcome(
         self, reception: Reception, outcome: Outcome, client: SocketClient
