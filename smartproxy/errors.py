@@ -214,6 +214,10 @@ class StateRefused(StateError):
     """A rule of the state file refused a row: its model or port has a live server already."""
 
 
+class StateDamaged(StateError):
+    """The state file holds what SQLite never wrote: it must be made anew."""
+
+
 #: errors that the manager answers a load with, by the code stored in the state file
 BY_CODE: dict[str, type[SmartProxyError]] = {
     error.code: error

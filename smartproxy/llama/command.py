@@ -20,6 +20,9 @@ from smartproxy.memory.estimate import Loaded
 from smartproxy.memory.types import EstimateOptions
 from smartproxy.planner.types import Placement
 
+#: which GPUs a server sees
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
@@ -30,6 +33,9 @@ class Said:
     context_size: int
     parallel: int
     gpu_layers: int
+    #: shares of the GPUs; () on the CPU
+    tensor_split: tuple[float, ...]
+    cpu_moe_layers: int
 
 
 def read_command(argv: Sequence[str]) -> Said:
@@ -41,7 +47,20 @@ def read_command(argv: Sequence[str]) -> Said:
         context_size=int(flag["--ctx-size"]),
         parallel=int(flag["--parallel"]),
         gpu_layers=int(flag["--n-gpu-layers"]),
+        tensor_split=_split(flag),
+        cpu_moe_layers=int(flag.get("--n-cpu-moe", 0)),
     )
+
+
+def _split(flag: Mapping[str, str]) -> tuple[float, ...]:
+    if flag.get("--device") == "none":
+        return ()
+    return tuple(float(share) for share in flag.get("--tensor-split", "1").split(","))
+
+
+def gpus_of(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the UUIDs of a server's GPUs, in the order of its split, from its environment."""
+    return tuple(uuid for uuid in environ.get(VISIBLE, "").split(",") if uuid)
 
 
 def command(
@@ -157,7 +176,7 @@ def environment(
     """Return the child's environment: ours, scrubbed, with its GPUs by UUID in NVML's order."""
     env = child_environment(environ, binary.library_dir)
     env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    env["CUDA_VISIBLE_DEVICES"] = ",".join(share.uuid for share in placement.gpus)
+    env[VISIBLE] = ",".join(share.uuid for share in placement.gpus)
     if devices:
         env["MTMD_BACKEND_DEVICE"] = devices[0]  # a projector does not go by --device
     env["LLAMA_API_KEY"] = api_key  # not on the command line, where every user could read it

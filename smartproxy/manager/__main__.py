@@ -10,6 +10,7 @@ Exit codes: 0 stopped on request, 2 bad configuration, 3 another manager has thi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -58,6 +59,8 @@ logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
 EXIT_CONFIG, EXIT_LOCKED, EXIT_STATE_LOST = 2, 3, 4
 HEARTBEAT_S = 1.0
+#: how often the whole state file is read to see whether it is damaged
+CHECK_S = 10
 #: pause between passes while models wait for room
 WAITING_TICK_S = 0.02
 IDLE_TICK_S = 1.0
@@ -206,6 +209,7 @@ def _schedule(manager: Manager, watcher: Watcher, beat: Beat) -> BackgroundSched
     scheduler.add_job(_heartbeat, "interval", [tools.store, beat], seconds=HEARTBEAT_S)
     scheduler.add_job(watch, "interval", [tools], seconds=2)
     scheduler.add_job(_tidy, "interval", [tools], seconds=60)
+    scheduler.add_job(_check, "interval", [tools.store], seconds=CHECK_S)
     scheduler.add_job(needs.publish_models, args=[tools])
     asked: set[str] = set()
     scheduler.add_job(
@@ -240,11 +244,14 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler, 
     clock_s = _clock_ahead_s()
     while not tools.stopping.is_set():
         # servers live on; the next manager makes the file anew and finds them
-        if not tools.store.path.exists() or tools.store.moved():
-            logger.error("state file %s vanished: starting anew", tools.store.path)
+        if why := _lost(tools.store):
+            logger.error("state file %s %s: starting anew", tools.store.path, why)
             return EXIT_STATE_LOST
         try:
             done = tick(manager, tools.store.now())
+        except StateError as error:
+            logger.error("this pass was not made, the state file can't be used: %s", error)
+            done = Pass(waiting=False, decision_s=0.0)
         except Exception:  # the tick boundary: one bad pass must not take the servers down
             logger.exception("tick failed")
             done = Pass(waiting=False, decision_s=0.0)
@@ -276,10 +283,20 @@ def _end_all(manager: Manager) -> None:
     try:
         update_manager(tools.store, stopping=True)
         _refuse_all(tools.store)
-        stop_all(manager.loading, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
     except StateError as error:
-        logger.error("the state file can't be used: ending the llama-servers without it: %s", error)
-        list(tools.threads.map(process.stop, manager.loading.children.snapshot().values()))
+        logger.error("the state file can't be used, who waits is not told of the stop: %s", error)
+    stop_all(manager.loading, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
+
+
+def _lost(store: Store) -> str | None:
+    """Return why the state file must be made anew; one that is damaged is moved out of the way."""
+    if store.damage:
+        return f"is damaged ({store.damage}) and was set aside as {migrate.set_aside(store.path)}"
+    try:
+        gone = not store.path.exists() or store.moved()
+    except StateError:
+        return None  # the pass says so
+    return "vanished" if gone else None
 
 
 def _clock_ahead_s() -> float:
@@ -310,6 +327,11 @@ def _heartbeat(store: Store, beat: Beat) -> None:
     update_manager(store, heartbeat_at=now, pass_age_s=time.monotonic() - beat.at)
     dead = [name for name in leases.workers_seen(store) if not worker_alive(name)]
     leases.clear_expired(store, now=now, dead_workers=dead)
+
+
+def _check(store: Store) -> None:
+    with contextlib.suppress(StateError):  # can't be told now
+        store.check()
 
 
 def _tidy(tools: Tools) -> None:

@@ -7,19 +7,23 @@ When the state file was lost, servers are found by the mark in their environment
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 
 import psutil
 
-from smartproxy.errors import StateRefused, UpstreamError
+from smartproxy.errors import SmartProxyError, StateRefused, UpstreamError
 from smartproxy.lifetime import OWNER_VARIABLE, owned_processes, start_ticks
 from smartproxy.llama import process
-from smartproxy.llama.command import read_command
-from smartproxy.manager import measure
+from smartproxy.llama.command import Said, gpus_of, read_command
+from smartproxy.manager import measure, shortage
 from smartproxy.manager.bring_down import Ending, drain, on_server, take_down
 from smartproxy.manager.bring_up import Loading, resume
 from smartproxy.manager.context import Tools, in_thread
+from smartproxy.memory.types import Estimate, Layout
 from smartproxy.state import servers as server_rows
+from smartproxy.state.assignments import UNKNOWN_INDEX, NewAssignment
 from smartproxy.state.server_row import LiveServer, NewServer, ServerColumns
 from smartproxy.types import ServerState
 
@@ -129,9 +133,9 @@ def _adopt_unknown(loading: Loading, found: psutil.Process) -> None:
     """A server of ours without a row: the state file was lost. Take it in, or end it."""
     tools = loading.tools
     try:
-        new = _new_server(tools, found)
-    except (psutil.Error, KeyError, ValueError, IndexError):
-        new = None
+        new, parts = _new_server(loading, found)
+    except (psutil.Error, KeyError, ValueError, IndexError, OSError):
+        new, parts = None, []
     child = process.adopt(found.pid, start_ticks(found.pid))
     if child is None:
         return
@@ -141,7 +145,7 @@ def _adopt_unknown(loading: Loading, found: psutil.Process) -> None:
         return
     try:
         server_id = server_rows.insert_server(
-            tools.store, new, [], now=tools.store.now(), reason="adopted: its row was lost"
+            tools.store, new, parts, now=tools.store.now(), reason="adopted: its row was lost"
         )
     except StateRefused:
         process.stop(child)
@@ -151,20 +155,53 @@ def _adopt_unknown(loading: Loading, found: psutil.Process) -> None:
     on_server(loading, server_id, resume, spec)
 
 
-def _new_server(tools: Tools, found: psutil.Process) -> NewServer:
-    """Read what a row needs from a server's command line and environment."""
-    said, env = read_command(found.cmdline()), found.environ()
-    assert env[OWNER_VARIABLE] == str(tools.settings.state_dir)
-    return NewServer(
+def _new_server(loading: Loading, found: psutil.Process) -> tuple[NewServer, list[NewAssignment]]:
+    """Read what a row needs from a server's command line and environment, and what it was promised.
+
+    What NVML shows of it corrects that at the first look.
+    """
+    argv, env = found.cmdline(), found.environ()
+    said = read_command(argv)
+    assert env[OWNER_VARIABLE] == str(loading.tools.settings.state_dir)
+    estimate = _expected(loading, said)
+    sizes = [device.total_bytes for device in estimate.devices] if estimate else []
+    uuids = gpus_of(env)
+    parts = [
+        NewAssignment(gpu_uuid=uuid, gpu_index=UNKNOWN_INDEX, estimated_bytes=size)
+        for uuid, size in zip(uuids, [*sizes, *[0] * len(uuids)], strict=False)
+    ]
+    new = NewServer(
         model_id=said.model_id,
         port=said.port,
         api_key=env["LLAMA_API_KEY"],
-        command="[]",
-        log_path=str(tools.log_dir / f"adopted-{found.pid}.log"),
+        command=json.dumps(argv),
+        log_path=os.readlink(f"/proc/{found.pid}/fd/1"),
         settings_key="",
         pid=found.pid,
         pid_start_ticks=start_ticks(found.pid),
         context_size=said.context_size,
         parallel=said.parallel,
         gpu_layers=said.gpu_layers,
+        tensor_split=",".join(f"{share:g}" for share in said.tensor_split),
+        estimated_bytes=sum(part.estimated_bytes for part in parts),
+        host_estimated_bytes=estimate.host.total_bytes if estimate else None,
     )
+    return new, parts
+
+
+def _expected(loading: Loading, said: Said) -> Estimate | None:
+    """Return what a server with this command line is expected to take; None: it can't be told."""
+    spec = loading.tools.catalog.models.get(said.model_id)
+    if spec is None:
+        return None
+    layout = Layout(
+        tensor_split=said.tensor_split,
+        gpu_layers=said.gpu_layers,
+        context_size=said.context_size,
+        cpu_moe_layers=said.cpu_moe_layers,
+    )
+    try:
+        return shortage.need_of(loading.tools, loading.shortages, spec).estimate(layout)
+    except SmartProxyError as error:
+        logger.warning("model '%s': what its server takes is not known: %s", spec.id, error)
+        return None

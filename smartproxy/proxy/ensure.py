@@ -51,6 +51,11 @@ LINGER_S = 0.05
 #: a killed manager is back within a second or two, on a crowded machine within twenty: who waits is
 #: not sent away before
 MANAGER_PATIENCE_S = 30.0
+#: one that lives and gives no sign waits for a locked file, or for a full disk; `serve` ends one
+#: that hangs
+STUCK_PATIENCE_S = 75.0
+#: a request to a ready server waits so long for its lease to be written, and goes on without
+LEASE_PATIENCE_S = 0.5
 #: a server that just cut a request short is avoided this long; then it is worth a second try
 AVOID_S = 2.0
 #: the state file may be missing this long before the log says so: at a start the manager makes it
@@ -110,7 +115,8 @@ class Broker:
                         asked = asyncio.create_task(self._ask(model_id))
                     # shielded: a client that goes now leaves a row that must be withdrawn
                     demand_id = await asyncio.shield(asked)
-                    await self._watch(model_id, demand_id, avoid_server_id, avoid_until)
+                    if not await self._watch(model_id, demand_id, avoid_server_id, avoid_until):
+                        asked = None
                 elif await self._take(route.server_id):
                     return _lease_on(route)
                 else:
@@ -138,17 +144,26 @@ class Broker:
             self.keep_renewing()
         taken = False
         try:
-            taken = await asyncio.shield(writing)
+            async with asyncio.timeout(LEASE_PATIENCE_S):
+                taken = await asyncio.shield(writing)
+        except TimeoutError:
+            # as where it can't be written; it is given back once it is, or forgotten
+            taken = True
+            writing.add_done_callback(lambda _: self._forget(server_id, writing))
         finally:
             if not taken:
                 self._in_flight[server_id] -= 1
                 # a lease that was written is given back, also when its client goes right then:
                 # forgotten here it would stay in the file, renewed for ever (F1)
-                if _came_to_nothing(writing) and self._leases.get(server_id) is writing:
-                    del self._leases[server_id]
-                elif self._in_flight[server_id] == 0:
+                self._forget(server_id, writing)
+                if self._in_flight[server_id] == 0:
                     self._give_back(server_id, self._store.now())
         return taken
+
+    def _forget(self, server_id: int, writing: asyncio.Task[bool]) -> None:
+        """Have the next request on a server write a lease, where this one came to nothing."""
+        if _came_to_nothing(writing) and self._leases.get(server_id) is writing:
+            del self._leases[server_id]
 
     async def _write_lease(self, server_id: int) -> bool:
         """Return whether the server can be used: it is ready, or the file can't say otherwise."""
@@ -233,7 +248,10 @@ class Broker:
     async def _until_resumed(self) -> None:
         """Wait for the end of a pause, however long. Raises ShuttingDown."""
         while self._paused():
-            version = self._moves.version()
+            try:
+                version = self._moves.version()
+            except StateError:  # lost, or being made anew
+                version = -1
             self._refresh()
             if self._manager is not None and self._manager.ending():
                 raise ShuttingDown("the proxy is being stopped")
@@ -267,40 +285,56 @@ class Broker:
                 )
             except StateError as error:
                 self._writer.submit(self._store.close)
-                if time.monotonic() > give_up_at:
+                if time.monotonic() > give_up_at + self._more_patience_s():
                     raise ManagerDown(f"the state file can't be used: {error}") from None
                 await asyncio.sleep(0.05)
 
     async def _watch(
         self, model_id: str, demand_id: int, avoid_server_id: int | None, avoid_until: float
-    ) -> None:
-        """Return when the model may be ready. Raises the manager's answer."""
+    ) -> bool:
+        """Return when the model may be ready. Raises the manager's answer.
+
+        False: the demand is gone, with the file that it stood in; ask again.
+        """
         limit_s = self._live.settings.longest_wait_s(model_id)
         deadline = time.monotonic() + limit_s
         silent_since = None
         while True:
-            version = self._moves.version()
-            self._refresh()
-            if self._paused():
-                began = time.monotonic()
-                await self._until_resumed()
-                deadline += time.monotonic() - began
-                silent_since = None
-            if self._ready_route(model_id, avoid_server_id):
-                return
-            self._raise_answer(demand_id)
             now = time.monotonic()
-            if now > avoid_until and avoid_server_id is not None:
-                return
             if now > deadline:
                 raise LoadTimeout(f"model '{model_id}' was not ready after {limit_s:.0f} s")
-            silent_since = self._check_manager(model_id, now, silent_since)
-            await self._moves.after(version, within_s=LOOK_ANYWAY_S)
+            if now > avoid_until and avoid_server_id is not None:
+                return True
+            try:
+                version = self._moves.version()
+                self._refresh()
+                if self._paused():
+                    began = time.monotonic()
+                    await self._until_resumed()
+                    deadline += time.monotonic() - began
+                    silent_since = None
+                if self._ready_route(model_id, avoid_server_id):
+                    return True
+                self._raise_answer(demand_id)
+                if not demand_rows.is_there(self._store, demand_id):
+                    return False
+                silent_since = self._check_manager(model_id, now, silent_since)
+            except StateError as error:  # lost, damaged, or being made anew: wait on
+                self._unreadable.failed(error, now)
+                self._store.close()
+                silent_since = self._check_silence(model_id, now, silent_since)
+                await asyncio.sleep(LOOK_ANYWAY_S)
+            else:
+                await self._moves.after(version, within_s=LOOK_ANYWAY_S)
 
     def _raise_answer(self, demand_id: int) -> None:
         answer = demand_rows.read_answers(self._store, [demand_id]).get(demand_id)
         if answer and answer.error_code:
             raise from_code(answer.error_code, answer.message or "")
+
+    def _more_patience_s(self) -> float:
+        """Return how much longer a manager may give no sign that lives all the same."""
+        return STUCK_PATIENCE_S if self.poke(b"load") else 0.0
 
     def _check_manager(self, model_id: str, now: float, silent_since: float | None) -> float | None:
         view = manager_view(self._store)
@@ -308,18 +342,23 @@ class Broker:
             raise ShuttingDown("the proxy is being stopped")
         if view.alive(self._store.now()):
             return None
+        return self._check_silence(model_id, now, silent_since)
+
+    def _check_silence(self, model_id: str, now: float, silent_since: float | None) -> float:
+        """Return since when the manager gives no sign. Raises ManagerDown once that is too long."""
         if silent_since is None:
             return now
-        if now - silent_since > MANAGER_PATIENCE_S:
+        silent_s = now - silent_since
+        if silent_s > MANAGER_PATIENCE_S and silent_s > self._more_patience_s():
             raise ManagerDown(
                 f"model '{model_id}' is not loaded and the manager does not answer;"
                 " see its log, or start it with `smartproxy serve`"
             )
         return silent_since
 
-    def poke(self, word: bytes) -> None:
-        """Wake the manager; a poke that can't be delivered is not needed."""
-        send_poke(self._live.settings.state_dir, word)
+    def poke(self, word: bytes) -> bool:
+        """Wake the manager; a poke that can't be delivered is not needed. See send_poke."""
+        return send_poke(self._live.settings.state_dir, word)
 
 
 def _came_to_nothing(writing: asyncio.Task[bool]) -> bool:
@@ -339,20 +378,26 @@ def _lease_on(route: Route) -> Lease:
     )
 
 
-def send_poke(state_dir: Path, word: bytes) -> None:
-    """Send a word to the manager's socket, by its folder's descriptor: a path may be too long."""
+def send_poke(state_dir: Path, word: bytes) -> bool:
+    """Send a word to the manager's socket, by its folder's descriptor: a path may be too long.
+
+    Returns whether a manager is there to read it.
+    """
     try:
         folder = os.open(state_dir, os.O_PATH)
     except OSError:
-        return
+        return False
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)
             sender.sendto(word, f"/proc/self/fd/{folder}/manager.sock")
+    except BlockingIOError:
+        return True  # it has not read those before yet
     except OSError:
-        return  # no manager, or it is awake already
+        return False
     finally:
         os.close(folder)
+    return True
 
 
 __all__ = ["Broker", "SmartProxyError", "send_poke"]

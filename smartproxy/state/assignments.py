@@ -10,13 +10,16 @@ from typing import Self
 from smartproxy.state.sql import LIVE, columns
 from smartproxy.state.store import Row, Store
 
+#: a GPU's number before the first look at the GPUs
+UNKNOWN_INDEX = -1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewAssignment:
     """A share of one GPU, for a server that is about to start."""
 
     gpu_uuid: str
-    #: NVML's number of the GPU
+    #: NVML's number of the GPU, or UNKNOWN_INDEX
     gpu_index: int
     #: promised to the server
     estimated_bytes: int

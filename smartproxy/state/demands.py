@@ -125,6 +125,11 @@ def read_answers(store: Store, demand_ids: Iterable[int]) -> dict[int, Answer]:
     return {row["id"]: Answer.from_row(row) for row in rows}
 
 
+def is_there(store: Store, demand_id: int) -> bool:
+    """Return whether the file has a demand: it goes with a lost file, and when not renewed."""
+    return store.one("SELECT 1 FROM demands WHERE id = ?", (demand_id,)) is not None
+
+
 def withdraw(store: Store, demand_ids: Iterable[int]) -> None:
     """Delete demands: answered and read, or wanted no more."""
     with store.write() as connection:

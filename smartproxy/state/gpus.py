@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from smartproxy.gpus.types import Gpu, GpuSnapshot, GpuState
+from smartproxy.state.assignments import UNKNOWN_INDEX
 from smartproxy.state.events import add_event
 from smartproxy.state.sql import LIVE, columns
 from smartproxy.state.store import Row, Store
@@ -186,6 +187,11 @@ def write_snapshot(store: Store, snapshot: GpuSnapshot, *, now: float) -> None:
         for gpu in snapshot.gpus:
             _write_gpu(connection, gpu, before.pop(gpu.uuid, None), held=gpu.uuid in held, now=now)
         connection.executemany("DELETE FROM gpus WHERE uuid = ?", [(uuid,) for uuid in before])
+        # of servers that were adopted before the GPUs were looked at
+        connection.executemany(
+            "UPDATE assignments SET gpu_index = ? WHERE gpu_uuid = ? AND gpu_index = ?",
+            [(gpu.index, gpu.uuid, UNKNOWN_INDEX) for gpu in snapshot.gpus],
+        )
         _write_processes(connection, snapshot)
 
 

@@ -16,28 +16,42 @@ from sqlite_utils import Database, Migrations
 
 from smartproxy.errors import StateError
 from smartproxy.state import clock
-from smartproxy.state.store import Store, connect
+from smartproxy.state.store import DAMAGED, LOCKED, Store, code_of, connect
 
 migrations = Migrations("smartproxy")
+
+#: seconds that a start waits for a process which holds the lock: workers that come up at the same
+#: moment hold it for milliseconds, a person's shell for longer
+LOCKED_PATIENCE_S = 60.0
+LOCKED_EVERY_S = 0.05
+#: the file is at fault: damaged, of another program (no such table), or found so by us (0)
+UNUSABLE = DAMAGED | {sqlite3.SQLITE_ERROR, 0}
 
 
 def create(path: Path) -> tuple[Store, str | None]:
     """Open the state file, making or migrating it; only the manager calls this.
 
-    Returns the store, and a sentence for the log when an unreadable file was set aside. Raises
-    StateError while another process holds its lock.
+    Returns the store, and a sentence for the log when an unreadable file was set aside. Waits while
+    another process holds the lock: up to LOCKED_PATIENCE_S. Raises StateError then, and where the
+    disk is at fault and not the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     complaint = None
-    try:
-        _prepare(path)
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-            raise StateError(f"{path}: {error}") from error
-        aside = _set_aside(path)
-        complaint = f"state file {path} can't be used ({error}): set aside as {aside}, made anew"
-        _prepare(path)
-    return Store(path), complaint
+    deadline = time.monotonic() + LOCKED_PATIENCE_S
+    while True:
+        try:
+            _prepare(path)
+            return Store(path), complaint
+        except sqlite3.DatabaseError as error:
+            if code_of(error) in LOCKED and time.monotonic() < deadline:
+                time.sleep(LOCKED_EVERY_S)
+                continue
+            if complaint or code_of(error) not in UNUSABLE:
+                raise StateError(f"{path}: {error}") from error
+            aside = set_aside(path)
+            complaint = (
+                f"state file {path} can't be used ({error}): set aside as {aside}, made anew"
+            )
 
 
 def _prepare(path: Path) -> None:
@@ -60,7 +74,8 @@ def _prepare(path: Path) -> None:
         connection.close()
 
 
-def _set_aside(path: Path) -> str:
+def set_aside(path: Path) -> str:
+    """Move the file out of the way, and what SQLite keeps beside it; returns its new name."""
     aside = path.with_name(f"{path.name}.unreadable-{int(time.time())}")
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)
@@ -78,6 +93,9 @@ def tables(db: Database) -> None:
     script = resources.files(__package__).joinpath("tables.sql").read_text(encoding="utf-8")
     for statement in statements(script):
         db.execute(statement)
+    # a worker that waits knows from its demand's number whether the file was made anew
+    first = time.time_ns() // 1000
+    db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('demands', ?)", (first,))
 
 
 @migrations(name="0002_pass_age")

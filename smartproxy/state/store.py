@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smartproxy.errors import StateError, StateRefused
+from smartproxy.errors import StateDamaged, StateError, StateRefused
 from smartproxy.state import clock
 
 #: seconds a writer waits for another; writes take well under a millisecond each
@@ -32,6 +32,11 @@ WAL_LIMIT_BYTES = 8 << 20
 TRIM_TIMEOUT_S = 0.1
 #: after a try that failed, this many times as long as it took passes before the next
 TRIM_REST = 10
+
+#: what SQLite says of a file that it did not write
+DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+#: and of one that another process is at
+LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 Row = sqlite3.Row
 
@@ -68,6 +73,11 @@ class Owned:
     __del__ = close
 
 
+def code_of(error: sqlite3.Error) -> int:
+    """Return SQLite's primary code of an error; 0 of one that Python raised."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
 @contextmanager
 def our_errors() -> Iterator[None]:
     """Raise StateError for SQLite's errors; StateRefused where a rule of the file was broken."""
@@ -75,6 +85,9 @@ def our_errors() -> Iterator[None]:
         yield
     except sqlite3.IntegrityError as error:
         raise StateRefused(str(error)) from error
+    except sqlite3.DatabaseError as error:
+        kind = StateDamaged if code_of(error) in DAMAGED else StateError
+        raise kind(str(error)) from error
     except sqlite3.Error as error:
         raise StateError(str(error)) from error
 
@@ -98,18 +111,41 @@ class Store:
         weakref.finalize(self, close_every, self._all_open)
         self._log_path = path.with_name(path.name + "-wal")
         self._trim_not_before = 0.0
+        #: why the file must be made anew; written by whoever finds it damaged, never reset
+        self.damage: str | None = None
         #: what the file adds to monotonic seconds; written when a thread opens the file
         self._offset_s: float | None = None
 
-    @our_errors()
+    @contextmanager
+    def _our_errors(self) -> Iterator[None]:
+        try:
+            with our_errors():
+                yield
+        except StateDamaged as error:
+            self.damage = str(error)
+            raise
+
+    def check(self) -> None:
+        """Read the whole file anew, and set `damage` if it can't be SQLite's, or has no tables.
+
+        Takes milliseconds, and no lock that anybody waits for. Raises StateError where it can't be
+        told.
+        """
+        with self._our_errors(), contextlib.closing(connect(self.path)) as connection:
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found == "ok":
+                found = _without_tables(connection)
+        self.damage = found or self.damage
+
     def read(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Row]:
         """Return all rows of one SELECT. Raises StateError, as all of the store's methods do."""
-        return self.connection().execute(sql, values).fetchall()
+        with self._our_errors():
+            return self.connection().execute(sql, values).fetchall()
 
-    @our_errors()
     def one(self, sql: str, values: Sequence[Any] = ()) -> Row | None:
         """Return the first row of one SELECT, or None."""
-        row: Row | None = self.connection().execute(sql, values).fetchone()
+        with self._our_errors():
+            row: Row | None = self.connection().execute(sql, values).fetchone()
         return row
 
     @contextmanager
@@ -118,15 +154,15 @@ class Store:
 
         Never spawn, probe over HTTP or call NVML inside: everybody else waits meanwhile.
         """
-        with our_errors():
+        with self._our_errors():
             connection = self.connection()
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
+                connection.execute("COMMIT")
             except BaseException:
-                connection.execute("ROLLBACK")
+                _roll_back(connection)
                 raise
-            connection.execute("COMMIT")
             self._bound_log(connection)
 
     def _bound_log(self, connection: sqlite3.Connection) -> None:
@@ -144,10 +180,10 @@ class Store:
         now = time.monotonic()
         self._trim_not_before = now + (now - began) * TRIM_REST
 
-    @our_errors()
     def data_version(self) -> int:
         """Return a number that moves when another connection has written. Costs microseconds."""
-        version: int = self.connection().execute("PRAGMA data_version").fetchone()[0]
+        with self._our_errors():
+            version: int = self.connection().execute("PRAGMA data_version").fetchone()[0]
         return version
 
     def connection(self) -> sqlite3.Connection:
@@ -184,10 +220,10 @@ class Store:
         """
         close_every(self._all_open)
 
-    @our_errors()
     def moved(self) -> bool:
         """Return whether the file that this thread has open is no longer the one at its path."""
-        self.connection()
+        with self._our_errors():
+            self.connection()
         return bool(identity_of(self.path) != self._local.owned.identity)
 
     def _owned(self) -> Owned | None:
@@ -200,6 +236,25 @@ class Store:
         self._local.owned = owned
         self._offset_s = clock.offset_s(owned.connection)
         return owned
+
+
+def _without_tables(connection: sqlite3.Connection) -> str | None:
+    """Return what is wrong with a file that is whole but empty; None: nothing."""
+    try:
+        connection.execute("SELECT generation FROM manager WHERE id = 1").fetchone()[0]
+    except sqlite3.OperationalError as error:
+        if code_of(error) != sqlite3.SQLITE_ERROR:
+            raise
+        return str(error)
+    except TypeError:
+        return "it has lost the manager's row"
+    return None
+
+
+def _roll_back(connection: sqlite3.Connection) -> None:
+    """Leave a transaction; on a full disk SQLite has left it already."""
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")
 
 
 def identity_of(path: Path) -> tuple[int, int] | None:
