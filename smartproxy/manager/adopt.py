@@ -17,8 +17,17 @@ from smartproxy.errors import SmartProxyError, StateRefused, UpstreamError
 from smartproxy.lifetime import OWNER_VARIABLE, owned_processes, start_ticks
 from smartproxy.llama import process
 from smartproxy.llama.command import Said, gpus_of, read_command
+from smartproxy.llama.listeners import listens
+from smartproxy.llama.process import Child
 from smartproxy.manager import measure, shortage
-from smartproxy.manager.bring_down import Ending, drain, on_server, take_down
+from smartproxy.manager.bring_down import (
+    Draining,
+    Ending,
+    begin_drain,
+    drain,
+    on_server,
+    take_down,
+)
 from smartproxy.manager.bring_up import Loading, resume
 from smartproxy.manager.context import Tools, in_thread
 from smartproxy.memory.types import Estimate, Layout
@@ -43,11 +52,24 @@ def adopt_all(loading: Loading) -> None:
                 "adopted server %d pid=%d state=%s model=%s",
                 *(row.id, row.pid, row.state, row.model_id),
             )
-            _go_on(loading, row)
+            _go_on(loading, row) if _has_its_port(row, child) else _disown(loading, row)
     known = {child.pid for child in loading.children.snapshot().values()}
     for found in owned_processes(str(tools.settings.state_dir)):
         if found.pid not in known:
             _adopt_unknown(loading, found)
+
+
+def _has_its_port(row: LiveServer, child: Child) -> bool:
+    """Return whether what listens on a server's port is the server; one that starts is asked
+    when it is ready."""
+    return row.state != ServerState.READY or listens(child.pid, row.port)
+
+
+def _disown(loading: Loading, row: LiveServer) -> None:
+    """End a server whose port somebody else has: no request must go there."""
+    reason = f"a process that is not its llama-server listens on its port {row.port}"
+    now = loading.tools.store.now()
+    begin_drain(loading, row.id, reason, Draining(only_if_idle=False), now=now)
 
 
 def carry_on(loading: Loading) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from smartproxy.llama import log, out_of_memory, process
 from smartproxy.llama.command import command, environment
 from smartproxy.llama.devices import device_names
 from smartproxy.llama.http import healthy
+from smartproxy.llama.listeners import listens
 from smartproxy.llama.out_of_memory import Lacking
 from smartproxy.llama.process import Child
 from smartproxy.manager import measure, shortage
@@ -113,8 +115,11 @@ def _start_and_wait(
     loading: Loading, server_id: int, spec: ModelSpec, placement: Placement
 ) -> None:
     tools, view = loading.tools, loading.view
+    killed = False
     for left in reversed(range(PORT_TRIES)):
         row = server_rows.server(tools.store, server_id)
+        if row.state != ServerState.STARTING:
+            return  # it was stopped while it waited for its turn
         argv = argv_of(tools, view, spec, placement, port=row.port)
         env = environment(
             tools.binary,
@@ -139,16 +144,27 @@ def _start_and_wait(
         try:
             _await_ready(loading, server_id, spec)
             return
-        except PortTaken:
+        except Killed as error:
+            if killed or left == 0:
+                raise
+            killed = True
+            logger.warning("server %d: %s; it is started once more", server_id, error)
+        except PortTaken as error:
+            process.stop(child, grace_s=1.0)  # it may wait for its port
             if left == 0:
                 raise
+            logger.warning("server %d: %s", server_id, error)
             port = free_port(tools, after=row.port)
-            logger.warning("server %d: port %d is taken, trying %d", server_id, row.port, port)
+            logger.warning("server %d: trying port %d", server_id, port)
             server_rows.update_server(tools.store, server_id, port=port)
 
 
 class PortTaken(LoadFailed):
     """Somebody else listens on the port we chose."""
+
+
+class Killed(LoadFailed):
+    """It was killed by a signal before it was ready: by the kernel, by a person, by a fault."""
 
 
 def _await_ready(loading: Loading, server_id: int, spec: ModelSpec) -> None:
@@ -165,6 +181,11 @@ def _await_ready(loading: Loading, server_id: int, spec: ModelSpec) -> None:
         _check_deadlines(tools.settings, spec, waited_s=now - began, idle_s=progress.idle_s(now))
         every_s = max(FIRST_PROBE_EVERY_S, (now - began) * PROBE_SHARE)
         time.sleep(min(every_s, LAST_PROBE_EVERY_S))
+    if child.alive() and not listens(child.pid, row.port):
+        raise PortTaken(
+            f"model '{spec.id}' did not load: on port {row.port} answers a process that is not"
+            f" its llama-server (pid {child.pid})"
+        )
     ready_at = tools.store.now()
     load_s = ready_at - row.created_at
     server_rows.transition(
@@ -195,6 +216,8 @@ def _why_ended(store: Store, row: ServerRow, model_id: str, exit_code: int | Non
     if lacking is Lacking.HOST:
         needed, free = row.host_estimated_bytes or 0, psutil.virtual_memory().available
         message += f"; main memory: {gb(needed)} estimated, {gb(free)} available now"
+    if exit_code is not None and exit_code < 0 and -exit_code != signal.SIGILL:
+        return Killed(message)
     return LoadFailed(message)
 
 

@@ -562,3 +562,16 @@ def test_the_port_must_not_be_one_of_the_servers(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert f"{first + 1} is one of the servers' ports" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_server_killed_while_loading_is_started_once_more(tmp_path: Path) -> None:
+    models = {
+        "once": fake_model(fail_load="abort", once=tmp_path / "once"),
+        "always": fake_model(fail_load="abort"),
+    }
+    with running(tmp_path, models) as proxy:
+        assert proxy.chat("once").status_code == 200
+        answer = proxy.chat("always")
+        assert (answer.status_code, code_of(answer)) == (503, "model_load_failed")
+        assert starts(proxy) == 2
+        assert proxy.log().count("is started once more") == 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,32 @@ def test_what_sqlite_refuses_is_our_own_error(tmp_path: Path, broken: str) -> No
     with pytest.raises(StateError), store.write() as connection:
         connection.execute(broken)
     store.close()
+
+
+def test_a_file_that_another_process_has_locked_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        other.execute("CREATE TABLE theirs (x)")
+        with ThreadPoolExecutor(1) as pool:
+            made = pool.submit(create, path)
+            wait([made], timeout=0.3)
+            assert not made.done()
+            other.execute("ROLLBACK")
+            other.close()
+            store, complaint = made.result(60)
+    assert complaint is None
+    assert store.read("SELECT 1 FROM manager")
+
+
+def test_a_full_disk_is_no_reason_to_set_a_file_aside(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(StateError):
+            create(tmp_path / "state.db")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert aside(tmp_path) == []
+    create(tmp_path / "state.db")[0].close_all()
