@@ -20,7 +20,7 @@ from tests.chaos.driver import Driver, each_once, for_ever
 from tests.chaos.fault import FAULTS
 from tests.chaos.machine import machine
 from tests.chaos.not_yet import NOT_YET
-from tests.chaos.report import Report
+from tests.chaos.report import Report, merged
 from tests.support.paths import ROOT
 
 
@@ -34,7 +34,13 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="each fault once")
     parser.add_argument("--not-yet", action="store_true", help="only those that are not mended")
     parser.add_argument("--only", help="faults whose name has this in it")
+    parser.add_argument("--merge", type=Path, nargs="+", help="only show reports as one table")
     options = parser.parse_args()
+    if options.merge:
+        report = merged([json.loads(path.read_text()) for path in options.merge])
+        print(report.table("pipe"))
+        print(report.complaints())
+        return 0
     faults = for_ever(options.seed, all_of_them=options.all)
     if options.once or options.only:
         once = each_once(options.seed, all_of_them=options.all or bool(options.only))

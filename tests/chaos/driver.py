@@ -78,6 +78,7 @@ class Driver:
         chooser = random.Random(self.chooser.random())
         scene = Scene(self.machine, self.load, chooser)
         line = self.report.lines.setdefault(fault.name, Line(fault.name, fault.subject))
+        began = time.monotonic()
         self._say(f"{fault.subject}: {fault.name} ", end="")
         self.load.go()
         time.sleep(LEAD_S)
@@ -94,7 +95,8 @@ class Driver:
             line.recovery_s.append(round(recovered_s, 2))
         self._read_log(fault)
         troubles = "; ".join([*scene.wrong, *line.examples[seen:]])
-        self._say(f"{recovered_s or -1:.1f} s {scene.skipped} {troubles}")
+        took_s = time.monotonic() - began
+        self._say(f"{recovered_s or -1:.1f} of {took_s:.0f} s {scene.skipped} {troubles}")
         if scene.wrong:
             self._say("  starting over")
             self.load.rest(DEADLINE_S)

@@ -120,7 +120,7 @@ def fault(
     name: str,
     *allows: str | frozenset[str],
     hold_s: tuple[float, float] = (0.3, 1.0),
-    within_s: float = 20.0,
+    within_s: float = 60.0,
     weight: float = 1.0,
 ) -> Callable[[Script], Script]:
     """Register a fault under a name."""

@@ -22,7 +22,7 @@ def _uuid(scene: Scene) -> str:
     return scene.chooser.choice(scene.machine.world.world.gpus).uuid
 
 
-@fault("a GPU is lost and comes back", AWAY, hold_s=(0.5, 2.5), within_s=40, weight=2)
+@fault("a GPU is lost and comes back", AWAY, hold_s=(0.5, 2.5), weight=2)
 def lost(scene: Scene) -> Faulty:
     uuid = _uuid(scene)
     scene.machine.world.change_gpu(uuid, lost=True)
@@ -30,7 +30,7 @@ def lost(scene: Scene) -> Faulty:
     scene.machine.world.change_gpu(uuid, lost=False)
 
 
-@fault("all GPUs are lost and come back", AWAY, hold_s=(0.5, 2.5), within_s=40)
+@fault("all GPUs are lost and come back", AWAY, hold_s=(0.5, 2.5))
 def all_lost(scene: Scene) -> Faulty:
     world = scene.machine.world
     before = world.world.gpus
@@ -39,7 +39,7 @@ def all_lost(scene: Scene) -> Faulty:
     world.change(gpus=before)
 
 
-@fault("a GPU leaves the list and comes back", AWAY, hold_s=(0.5, 2.5), within_s=40)
+@fault("a GPU leaves the list and comes back", AWAY, hold_s=(0.5, 2.5))
 def vanishes(scene: Scene) -> Faulty:
     world = scene.machine.world
     before = world.world.gpus
@@ -49,7 +49,7 @@ def vanishes(scene: Scene) -> Faulty:
     world.change(gpus=before)
 
 
-@fault("GPUs change their numbers", AWAY, hold_s=(0.5, 2.0), within_s=40)
+@fault("GPUs change their numbers", AWAY, hold_s=(0.5, 2.0))
 def renumbered(scene: Scene) -> Faulty:
     world = scene.machine.world
     before = world.world.gpus
@@ -64,7 +64,7 @@ def _failing(scene: Scene, *faults: Fault) -> Faulty:
     scene.machine.world.change(faults=())
 
 
-@fault("one GPU's memory can't be read", AWAY, hold_s=(0.5, 2.5), within_s=40)
+@fault("one GPU's memory can't be read", AWAY, hold_s=(0.5, 2.5))
 def one_fails(scene: Scene) -> Faulty:
     names = ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo")
     uuid = _uuid(scene)
@@ -80,13 +80,13 @@ def small_things_fail(scene: Scene) -> Faulty:
     yield from _failing(scene, *faults)
 
 
-@fault("a call to NVML hangs", AWAY, hold_s=(1.0, 3.0), within_s=40, weight=2)
+@fault("a call to NVML hangs", AWAY, hold_s=(1.0, 3.0), weight=2)
 def hangs(scene: Scene) -> Faulty:
     fault_ = Fault(function="nvmlDeviceGetMemoryInfo_v2", hang_s=4.0, uuid=_uuid(scene))
     yield from _failing(scene, fault_)
 
 
-@fault("the driver goes and comes back", AWAY, hold_s=(1.0, 3.0), within_s=60)
+@fault("the driver goes and comes back", AWAY, hold_s=(1.0, 3.0))
 def driver_reloads(scene: Scene) -> Faulty:
     world = scene.machine.world
     before = world.world.gpus
@@ -95,14 +95,14 @@ def driver_reloads(scene: Scene) -> Faulty:
     world.change(init_code=0, gpus=before)
 
 
-@fault("library and driver do not match for a while", AWAY, hold_s=(1.0, 3.0), within_s=60)
+@fault("library and driver do not match for a while", AWAY, hold_s=(1.0, 3.0))
 def mismatch(scene: Scene) -> Faulty:
     names = ("nvmlDeviceGetCount_v2", "nvmlDeviceGetMemoryInfo_v2", "nvmlSystemGetDriverVersion")
     faults = [Fault(function=name, code=LIB_RM_VERSION_MISMATCH) for name in names]
     yield from _failing(scene, *faults)
 
 
-@fault("a stranger takes most of a GPU", AWAY, hold_s=(0.5, 2.5), within_s=40, weight=2)
+@fault("a stranger takes most of a GPU", AWAY, hold_s=(0.5, 2.5), weight=2)
 def stranger(scene: Scene) -> Faulty:
     world = scene.machine.world
     gpu = scene.chooser.choice(world.world.gpus)

@@ -27,7 +27,7 @@ def _limited(pid: int, what: int, soft: int) -> tuple[int, int]:
     return before
 
 
-@fault("a worker has no descriptors left", CUT, NO_FILES, hold_s=(0.5, 2.0), within_s=30, weight=2)
+@fault("a worker has no descriptors left", CUT, NO_FILES, hold_s=(0.5, 2.0), weight=2)
 def worker_without_files(scene: Scene) -> Faulty:
     """F7: after it, the worker accepts again."""
     pid = scene.chooser.choice(scene.tree.worker)
@@ -59,7 +59,7 @@ def _answers(scene: Scene, pid: int) -> bool:
     return False
 
 
-@fault("all workers have no descriptors left", CUT, NO_FILES, hold_s=(0.5, 1.5), within_s=30)
+@fault("all workers have no descriptors left", CUT, NO_FILES, hold_s=(0.5, 1.5))
 def workers_without_files(scene: Scene) -> Faulty:
     pids = scene.tree.worker
     before = {
@@ -76,7 +76,6 @@ def workers_without_files(scene: Scene) -> Faulty:
     "model_load_failed",
     NO_FILES,
     hold_s=(0.5, 2.0),
-    within_s=40,
 )
 def manager_without_files(scene: Scene) -> Faulty:
     pid = scene.tree.manager[0]
@@ -86,7 +85,7 @@ def manager_without_files(scene: Scene) -> Faulty:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
-@fault("a worker gets no more memory", CUT, "internal_error", hold_s=(0.5, 1.5), within_s=30)
+@fault("a worker gets no more memory", CUT, "internal_error", hold_s=(0.5, 1.5))
 def worker_without_memory(scene: Scene) -> Faulty:
     pid = scene.chooser.choice(scene.tree.worker)
     size = psutil.Process(pid).memory_info().vms
@@ -96,9 +95,7 @@ def worker_without_memory(scene: Scene) -> Faulty:
         resource.prlimit(pid, resource.RLIMIT_AS, before)
 
 
-@fault(
-    "the manager gets no more memory", "model_load_failed", NO_FILES, hold_s=(0.5, 1.5), within_s=40
-)
+@fault("the manager gets no more memory", "model_load_failed", NO_FILES, hold_s=(0.5, 1.5))
 def manager_without_memory(scene: Scene) -> Faulty:
     pid = scene.tree.manager[0]
     size = psutil.Process(pid).memory_info().vms
@@ -128,21 +125,21 @@ def hogs(scene: Scene) -> Faulty:
         process.wait()
 
 
-@fault("the clock is set an hour ahead", hold_s=(0.5, 2.0), within_s=30)
+@fault("the clock is set an hour ahead", hold_s=(0.5, 2.0))
 def clock_ahead(scene: Scene) -> Faulty:
     scene.machine.set_clock(3600.0)
     yield
     scene.machine.set_clock(0.0)
 
 
-@fault("the clock is set an hour back", hold_s=(0.5, 2.0), within_s=30)
+@fault("the clock is set an hour back", hold_s=(0.5, 2.0))
 def clock_back(scene: Scene) -> Faulty:
     scene.machine.set_clock(-3600.0)
     yield
     scene.machine.set_clock(0.0)
 
 
-@fault("the clock jumps to and fro", hold_s=(0.1, 0.2), within_s=30)
+@fault("the clock jumps to and fro", hold_s=(0.1, 0.2))
 def clock_jumps(scene: Scene) -> Faulty:
     for _ in range(8):
         scene.machine.set_clock(scene.chooser.choice((-86400.0, -30.0, -3.0, 3.0, 30.0, 86400.0)))
@@ -156,7 +153,6 @@ def clock_jumps(scene: Scene) -> Faulty:
     "gpu_memory_busy",
     "pool_busy",
     hold_s=(0.5, 1.0),
-    within_s=60,
     weight=2,
 )
 def thrash(scene: Scene) -> Faulty:

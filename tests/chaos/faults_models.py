@@ -40,7 +40,7 @@ def _liars() -> dict[str, bytes]:
     }
 
 
-@fault("files appear that lie about their size", FAILED, hold_s=(1.0, 2.0), within_s=30)
+@fault("files appear that lie about their size", FAILED, hold_s=(1.0, 2.0))
 def liars(scene: Scene) -> Faulty:
     folder = scene.machine.models_dir
     for name, data in _liars().items():
@@ -89,7 +89,7 @@ def missing(scene: Scene) -> Faulty:
     scene.judged("operation", "lags", operation("lags", "load"), "ok")
 
 
-@fault("a model's file is a pipe", FAILED, "model_file_missing", within_s=40)
+@fault("a model's file is a pipe", FAILED, "model_file_missing")
 def fifo(scene: Scene) -> Faulty:
     with _other_file(scene, "lags", None):
         path = _file_place(scene, "lags")
@@ -132,7 +132,7 @@ def ports_taken(scene: Scene) -> Faulty:
         sock.close()
 
 
-@fault("all ports of the pool are taken by others", FAILED, hold_s=(1.0, 2.0), within_s=40)
+@fault("all ports of the pool are taken by others", FAILED, hold_s=(1.0, 2.0))
 def all_ports_taken(scene: Scene) -> Faulty:
     taken = _take(scene, list(scene.machine.ports))
     yield

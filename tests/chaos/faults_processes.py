@@ -46,13 +46,13 @@ def stop_a_worker(scene: Scene) -> Faulty:
     send(pid, signal.SIGCONT)
 
 
-@fault("gunicorn's master is killed", CUT, within_s=45, weight=2)
+@fault("gunicorn's master is killed", CUT, weight=2)
 def kill_the_master(scene: Scene) -> Faulty:
     send(scene.tree.gunicorn[0], signal.SIGKILL)
     yield
 
 
-@fault("gunicorn's master is told to end", CUT, STOPPING, within_s=60)
+@fault("gunicorn's master is told to end", CUT, STOPPING)
 def end_the_master(scene: Scene) -> Faulty:
     send(scene.tree.gunicorn[0], signal.SIGTERM)
     yield
@@ -72,7 +72,7 @@ def kill_the_manager(scene: Scene) -> Faulty:
     yield
 
 
-@fault("the manager is killed three times", within_s=30)
+@fault("the manager is killed three times")
 def kill_the_manager_again(scene: Scene) -> Faulty:
     for _ in range(3):
         kill_one_manager(scene)
@@ -97,7 +97,7 @@ def kill_the_manager_in_a_load(scene: Scene) -> Faulty:
     yield
 
 
-@fault("the manager is told to end", CUT, STOPPING, within_s=60)
+@fault("the manager is told to end", CUT, STOPPING)
 def end_the_manager(scene: Scene) -> Faulty:
     send(scene.tree.manager[0], signal.SIGTERM)
     yield
@@ -111,7 +111,7 @@ def stop_the_manager(scene: Scene) -> Faulty:
     send(pid, signal.SIGCONT)
 
 
-@fault("the manager hangs", "manager_unavailable", hold_s=(20.0, 25.0), within_s=60, weight=0.2)
+@fault("the manager hangs", "manager_unavailable", hold_s=(20.0, 25.0), weight=0.2)
 def hang_the_manager(scene: Scene) -> Faulty:
     pid = scene.tree.manager[0]
     send(pid, signal.SIGSTOP)
@@ -127,28 +127,28 @@ def kill_the_guard(scene: Scene) -> Faulty:
     yield
 
 
-@fault("guard and manager are killed together", within_s=30)
+@fault("guard and manager are killed together")
 def kill_guard_and_manager(scene: Scene) -> Faulty:
     for pid in [*scene.tree.guard, *scene.tree.manager]:
         send(pid, signal.SIGKILL)
     yield
 
 
-@fault("both halves are killed together", CUT, within_s=60, weight=2)
+@fault("both halves are killed together", CUT, weight=2)
 def kill_both_halves(scene: Scene) -> Faulty:
     for pid in [*scene.tree.manager, *scene.tree.gunicorn]:
         send(pid, signal.SIGKILL)
     yield
 
 
-@fault("all workers and the manager are killed together", CUT, within_s=30)
+@fault("all workers and the manager are killed together", CUT)
 def kill_workers_and_manager(scene: Scene) -> Faulty:
     for pid in [*scene.tree.worker, *scene.tree.manager]:
         send(pid, signal.SIGKILL)
     yield
 
 
-@fault("serve is killed", NOBODY, STOPPING, "manager_unavailable", within_s=60, weight=0.6)
+@fault("serve is killed", NOBODY, STOPPING, "manager_unavailable", weight=0.6)
 def kill_serve(scene: Scene) -> Faulty:
     yield from _end_serve(scene, [*scene.tree.serve], signal.SIGKILL)
 
@@ -158,7 +158,6 @@ def kill_serve(scene: Scene) -> Faulty:
     NOBODY,
     STOPPING,
     "manager_unavailable",
-    within_s=60,
     weight=0.6,
 )
 def kill_serve_and_manager(scene: Scene) -> Faulty:
@@ -170,7 +169,6 @@ def kill_serve_and_manager(scene: Scene) -> Faulty:
     NOBODY,
     STOPPING,
     "manager_unavailable",
-    within_s=60,
     weight=0.6,
 )
 def end_serve(scene: Scene) -> Faulty:
@@ -223,7 +221,7 @@ def _end_serve(scene: Scene, pids: list[int], number: signal.Signals) -> Faulty:
     assert machine.proxy.process is not None
     with contextlib.suppress(subprocess.TimeoutExpired):
         machine.proxy.process.wait(60)
-    gone = becomes(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in every), within_s=60)
+    gone = becomes(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in every))
     scene.expect(gone, f"left of it: {[pid for pid in every if os.path.exists(f'/proc/{pid}')]}")
-    scene.await_(lambda: not machine.proxy.llama_servers(), "all llama-servers gone", within_s=20)
+    scene.await_(lambda: not machine.proxy.llama_servers(), "all llama-servers gone")
     machine.start()

@@ -58,7 +58,7 @@ def kill_busy(scene: Scene) -> Faulty:
     yield
 
 
-@fault("all servers are killed", SERVER_DIED, within_s=30, weight=2)
+@fault("all servers are killed", SERVER_DIED, weight=2)
 def kill_all(scene: Scene) -> Faulty:
     for row in scene.machine.servers():
         _kill(scene, row, signal.SIGKILL)
@@ -90,7 +90,7 @@ def kill_draining(scene: Scene) -> Faulty:
     scene.beside(lambda: scene.judged("stream", model, slow))
     time.sleep(0.3)
     scene.beside(lambda: scene.judged("operation", model, operation(model, "unload")))
-    becomes(lambda: scene.machine.servers("draining", model=model), within_s=3)
+    becomes(lambda: scene.machine.servers("draining", model=model))
     for row in scene.machine.servers("draining", model=model):
         _kill(scene, row, signal.SIGKILL)
     yield
@@ -101,7 +101,7 @@ def kill_stopping(scene: Scene) -> Faulty:
     model = "slow-exit"
     scene.warm(model)
     scene.beside(lambda: scene.judged("operation", model, operation(model, "unload")))
-    becomes(lambda: scene.machine.servers("stopping", model=model), within_s=3)
+    becomes(lambda: scene.machine.servers("stopping", model=model))
     for row in scene.machine.servers("stopping", model=model):
         _kill(scene, row, signal.SIGKILL)
     yield
@@ -115,7 +115,7 @@ def stop_ready(scene: Scene) -> Faulty:
     _kill(scene, row, signal.SIGCONT)
 
 
-@fault("a server is stopped while it loads, for good", "load_timeout", within_s=30)
+@fault("a server is stopped while it loads, for good", "load_timeout")
 def stop_loading(scene: Scene) -> Faulty:
     model = "slow-load"
     scene.judged("operation", model, operation(model, "unload"))
@@ -142,7 +142,7 @@ def _armed_load(scene: Scene, model: str, *right: str) -> None:
     _load_again(scene, model)
 
 
-@fault("a load makes no progress", "load_timeout", within_s=30)
+@fault("a load makes no progress", "load_timeout")
 def silent_load(scene: Scene) -> Faulty:
     _armed_load(scene, "silent", "load_timeout")
     yield
@@ -202,7 +202,7 @@ def dies_mid_answer(scene: Scene) -> Faulty:
     yield
 
 
-@fault("a server says nothing to a request", "upstream_timeout", within_s=30)
+@fault("a server says nothing to a request", "upstream_timeout")
 def hangs_at_request(scene: Scene) -> Faulty:
     _armed_request(scene, "hangs-at-request", "upstream_timeout", "backend_failed")
     yield
@@ -215,7 +215,7 @@ def leave_what_hangs(scene: Scene) -> Faulty:
     with socket.create_connection(("127.0.0.1", scene.port)) as sock:
         sock.sendall(chat(model, hang_on_request=1))
         time.sleep(0.5)
-    scene.await_(lambda: not _busy(scene, model), "the server's slot is free again", within_s=5)
+    scene.await_(lambda: not _busy(scene, model), "the server's slot is free again")
     yield
 
 
@@ -271,7 +271,7 @@ def slow(scene: Scene) -> Faulty:
     yield
 
 
-@fault("a server does not end when it is told to", within_s=30, weight=0.5)
+@fault("a server does not end when it is told to", weight=0.5)
 def ignores_term(scene: Scene) -> Faulty:
     scene.warm("ignores-term")
     scene.judged("operation", "ignores-term", operation("ignores-term", "unload"), "ok")

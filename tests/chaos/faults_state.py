@@ -43,7 +43,6 @@ def locked(scene: Scene) -> Faulty:
     "the state file is locked longer than writers wait",
     NO_FILE,
     hold_s=(12.0, 14.0),
-    within_s=60,
     weight=0.3,
 )
 def locked_long(scene: Scene) -> Faulty:
@@ -77,7 +76,6 @@ def long_reader(scene: Scene) -> Faulty:
     NO_FILE,
     "model_load_failed",
     hold_s=(0.5, 3.0),
-    within_s=40,
     weight=2,
 )
 def full(scene: Scene) -> Faulty:
@@ -97,33 +95,33 @@ def full(scene: Scene) -> Faulty:
     filler.unlink()
 
 
-@fault("the state file is removed", NO_FILE, within_s=40, weight=2)
+@fault("the state file is removed", NO_FILE, weight=2)
 def removed(scene: Scene) -> Faulty:
     _path(scene).unlink()
     yield
 
 
-@fault("the state file and its log are removed", NO_FILE, within_s=40)
+@fault("the state file and its log are removed", NO_FILE)
 def all_removed(scene: Scene) -> Faulty:
     for entry in scene.machine.state_dir.glob("state.db*"):
         entry.unlink(missing_ok=True)
     yield
 
 
-@fault("the state file is removed and the manager killed", NO_FILE, within_s=40)
+@fault("the state file is removed and the manager killed", NO_FILE)
 def removed_and_killed(scene: Scene) -> Faulty:
     _path(scene).unlink()
     os.kill(scene.tree.manager[0], 9)
     yield
 
 
-@fault("the write-ahead log is removed", NO_FILE, within_s=40)
+@fault("the write-ahead log is removed", NO_FILE)
 def log_removed(scene: Scene) -> Faulty:
     (scene.machine.state_dir / "state.db-wal").unlink(missing_ok=True)
     yield
 
 
-@fault("the write-ahead log's index is removed", NO_FILE, within_s=40)
+@fault("the write-ahead log's index is removed", NO_FILE)
 def index_removed(scene: Scene) -> Faulty:
     (scene.machine.state_dir / "state.db-shm").unlink(missing_ok=True)
     yield
@@ -135,13 +133,13 @@ def _damage(scene: Scene, at: int, size: int) -> None:
         file.write(scene.chooser.randbytes(size))
 
 
-@fault("the state file's head is damaged in place", NO_FILE, SERVER_DIED, within_s=40)
+@fault("the state file's head is damaged in place", NO_FILE, SERVER_DIED)
 def head_damaged(scene: Scene) -> Faulty:
     _damage(scene, 0, 100)
     yield
 
 
-@fault("pages of the state file are damaged in place", NO_FILE, SERVER_DIED, within_s=40)
+@fault("pages of the state file are damaged in place", NO_FILE, SERVER_DIED)
 def pages_damaged(scene: Scene) -> Faulty:
     pages = _path(scene).stat().st_size // 4096
     for _ in range(max(1, pages // 3)):
@@ -149,13 +147,13 @@ def pages_damaged(scene: Scene) -> Faulty:
     yield
 
 
-@fault("the state file is cut short", NO_FILE, SERVER_DIED, within_s=40)
+@fault("the state file is cut short", NO_FILE, SERVER_DIED)
 def truncated(scene: Scene) -> Faulty:
     os.truncate(_path(scene), scene.chooser.choice((0, 4096, 3 * 4096 + 100)))
     yield
 
 
-@fault("the write-ahead log is damaged in place", NO_FILE, SERVER_DIED, within_s=40)
+@fault("the write-ahead log is damaged in place", NO_FILE, SERVER_DIED)
 def log_damaged(scene: Scene) -> Faulty:
     log = scene.machine.state_dir / "state.db-wal"
     size = log.stat().st_size if log.exists() else 0
@@ -166,7 +164,7 @@ def log_damaged(scene: Scene) -> Faulty:
     yield
 
 
-@fault("the state file is replaced by an older copy", NO_FILE, SERVER_DIED, within_s=40)
+@fault("the state file is replaced by an older copy", NO_FILE, SERVER_DIED)
 def replaced(scene: Scene) -> Faulty:
     copy = scene.machine.folder / "copy.db"
     copy.unlink(missing_ok=True)
@@ -196,7 +194,6 @@ def logs_removed(scene: Scene) -> Faulty:
     NO_FILE,
     "model_load_failed",
     hold_s=(0.5, 2.0),
-    within_s=40,
 )
 def read_only(scene: Scene) -> Faulty:
     """root may write in spite of the mode bits: so nothing new can be made, by its attribute."""

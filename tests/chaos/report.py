@@ -62,6 +62,14 @@ class Line:
         plain = {name: getattr(self, name) for name in (*names, "wrong", "examples")}
         return {**plain, "errors": dict(self.errors), "lost": dict(self.lost)}
 
+    def take(self, said: dict[str, Any]) -> None:
+        """Add what another run said of the same fault (as_json)."""
+        for name in ("injections", "requests", "answered", "hung", "recovery_s", "wrong"):
+            setattr(self, name, getattr(self, name) + said[name])
+        self.examples += said["examples"]
+        self.errors.update(said["errors"])
+        self.lost.update(said["lost"])
+
     @property
     def clean(self) -> bool:
         return not self.lost and not self.hung and not self.wrong
@@ -128,6 +136,17 @@ class Report:
             for line in self.lines.values()
             for text in [*line.wrong, *line.examples]
         )
+
+
+def merged(runs: list[dict[str, Any]]) -> Report:
+    """Return one report of several runs (as_json)."""
+    report = Report(runs[0]["seed"], {})
+    for run in runs:
+        report.seconds += run["seconds"]
+        for said in run["faults"]:
+            name = said["name"]
+            report.lines.setdefault(name, Line(name, said["subject"])).take(said)
+    return report
 
 
 def _words(counts: Counter[str]) -> str:
