@@ -52,7 +52,7 @@ class Scene:
         if not condition:
             self.wrong.append(text)
 
-    def await_(self, condition: Callable[[], Any], text: str, *, within_s: float = 10.0) -> bool:
+    def await_(self, condition: Callable[[], Any], text: str, *, within_s: float = 60.0) -> bool:
         """Wait for a condition; say what is wrong if it does not come to hold."""
         came = becomes(condition, within_s=within_s)
         self.expect(came, f"not within {within_s:g} s: {text}")

@@ -221,7 +221,7 @@ def _end_serve(scene: Scene, pids: list[int], number: signal.Signals) -> Faulty:
     assert machine.proxy.process is not None
     with contextlib.suppress(subprocess.TimeoutExpired):
         machine.proxy.process.wait(60)
-    gone = becomes(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in every))
+    gone = becomes(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in every), within_s=60)
     scene.expect(gone, f"left of it: {[pid for pid in every if os.path.exists(f'/proc/{pid}')]}")
     scene.await_(lambda: not machine.proxy.llama_servers(), "all llama-servers gone")
     machine.start()

@@ -90,7 +90,7 @@ def kill_draining(scene: Scene) -> Faulty:
     scene.beside(lambda: scene.judged("stream", model, slow))
     time.sleep(0.3)
     scene.beside(lambda: scene.judged("operation", model, operation(model, "unload")))
-    becomes(lambda: scene.machine.servers("draining", model=model))
+    becomes(lambda: scene.machine.servers("draining", model=model), within_s=3)
     for row in scene.machine.servers("draining", model=model):
         _kill(scene, row, signal.SIGKILL)
     yield
@@ -101,7 +101,7 @@ def kill_stopping(scene: Scene) -> Faulty:
     model = "slow-exit"
     scene.warm(model)
     scene.beside(lambda: scene.judged("operation", model, operation(model, "unload")))
-    becomes(lambda: scene.machine.servers("stopping", model=model))
+    becomes(lambda: scene.machine.servers("stopping", model=model), within_s=3)
     for row in scene.machine.servers("stopping", model=model):
         _kill(scene, row, signal.SIGKILL)
     yield
