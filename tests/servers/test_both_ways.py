@@ -270,7 +270,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    models = {"m": {**fake_model(), "aliases": ["short"]}, "org/model": fake_model()}
+    models: dict[str, Any] = {"m": {**fake_model(), "aliases": ["short"]}}
+    models |= {"org/model": fake_model(), "gone": {"path": "nowhere/gone.gguf"}}
     settings: dict[str, Any] = {"default_model": "m", "max_body_mb": 1}
     settings |= {"allowed_origins": [PAGE]}
     settings |= {"api_keys": ["client-key"], "admin_keys": ["admin-key"]}
@@ -287,6 +288,23 @@ def test_both_ways_decide_alike(proxy: Proxy, case: Case) -> None:
     if case.code:
         assert first.header("x-smartproxy-error") == first.json()["error"]["code"] == case.code
     assert said(first) == said(second)
+
+
+@pytest.mark.parametrize("way", ["", OTHER_WAY], ids=["plain", "framework"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_an_admin_is_told_paths_and_processes(proxy: Proxy, way: str, stream: bool) -> None:
+    def asked(target: str, headers: str) -> Answer:
+        return ask(proxy, Case("", 200, None, "GET", target, b"", headers), way)
+
+    for key, told in ((KEY, False), ("X-Api-Key: admin-key\r\n", True)):
+        failed = ask(proxy, Case("", 503, body=chat("gone", stream=stream), headers=key), way)
+        assert failed.status in (404, 503)
+        assert b"gone.gguf" in failed.body
+        for answer in (failed, asked("/v1/models", key)):
+            assert (str(proxy.folder) in answer.body.decode()) is told
+        manager = asked("/health", key).json()["manager"]
+        assert (manager["pid"] is not None, manager["llama_server"] is not None) == (told, told)
+    assert set(asked("/health", "").json()) <= {"status", "mode", "reasons"}
 
 
 def takes_plain_way(request: bytes) -> bool:
