@@ -21,6 +21,9 @@ from smartproxy.types import LIVE_STATES, NEXT_STATES, ServerState
 
 #: seconds a failed server stays listed (SPEC 1)
 FAILED_LISTED_S = 600.0
+#: ended servers are kept for a day, but not more than so many, and the last few in any case
+ENDED_KEPT_S = 86_400.0
+FEWEST_KEPT, MOST_KEPT = 200, 1000
 
 
 def insert_server(
@@ -171,10 +174,11 @@ def last_load_s(store: Store) -> dict[str, float]:
 
 
 def prune(store: Store, *, now: float) -> None:
-    """Drop servers that ended long ago so that the file stays small."""
+    """Drop servers that ended long ago, or many servers ago, so that the file stays small."""
     with store.write() as connection:
+        (newest,) = connection.execute("SELECT max(id) FROM servers").fetchone()
         connection.execute(
-            "DELETE FROM servers WHERE state IN ('stopped', 'failed') AND state_changed_at < ?"
-            " AND id <= (SELECT max(id) FROM servers) - 200",
-            (now - 86_400,),
+            "DELETE FROM servers WHERE state IN ('stopped', 'failed')"
+            " AND (state_changed_at < ? AND id <= ? OR id <= ?)",
+            (now - ENDED_KEPT_S, (newest or 0) - FEWEST_KEPT, (newest or 0) - MOST_KEPT),
         )

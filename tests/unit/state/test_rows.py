@@ -145,3 +145,26 @@ def test_a_pause_counts_for_nobody_who_waits(store: Store) -> None:
     assert resume(store, now=160.0) is None
     waited = {demand.model_id: 150.0 - demand.asked_at for demand in open_demands(store)}
     assert waited == {"before": 10.0, "meanwhile": 0.0}
+
+
+def test_many_ended_servers_are_not_kept_for_a_day(store: Store) -> None:
+    ended = start(store)
+    server_rows.transition(
+        store, ended, ServerState.STARTING, ServerState.FAILED, now=2.0, reason="down"
+    )
+    names = [row["name"] for row in store.read("PRAGMA table_info(servers)")][1:]
+    with store.write() as connection:
+        for _ in range(server_rows.MOST_KEPT + 4):  # as the first, with ids of their own
+            connection.execute(
+                f"INSERT INTO servers ({', '.join(names)}) SELECT {', '.join(names)} FROM servers"
+                " WHERE id = ?",
+                (ended,),
+            )
+    live = start(store)
+    server_rows.prune(store, now=3.0)
+    kept = [row["id"] for row in store.read("SELECT id FROM servers ORDER BY id")]
+    assert kept == list(range(live - server_rows.MOST_KEPT + 1, live + 1))
+    # a day later the last few are still there
+    server_rows.prune(store, now=3.0 + server_rows.ENDED_KEPT_S)
+    assert store.read("SELECT count(*) FROM servers")[0][0] == server_rows.FEWEST_KEPT
+    assert list(assignments(store)) == [live]
