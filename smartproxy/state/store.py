@@ -28,6 +28,9 @@ WAL_PAGES = 1000
 #: SQLite begins the WAL anew only while nobody reads from it, which under load may be never; past
 #: this a writer waits for the readers
 WAL_LIMIT_BYTES = 8 << 20
+#: KiB of the file that each connection keeps: every thread has one, and SQLite's 2000 for each adds
+#: up to more than the manager itself takes (the kernel keeps the file in memory anyway)
+CACHE_KIB = 256
 #: seconds it waits; reads take microseconds, and who holds one open for long is not worth more
 TRIM_TIMEOUT_S = 0.1
 #: after a try that failed, this many times as long as it took passes before the next
@@ -303,6 +306,7 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
     except BaseException:
         connection.close()  # a file that is no state file
         raise
