@@ -16,7 +16,7 @@ from typing import Any
 import h11
 
 #: nobody waits longer than this; what takes longer is a request that hangs
-DEADLINE_S = 60.0
+DEADLINE_S = 90.0
 
 
 class Failure(StrEnum):

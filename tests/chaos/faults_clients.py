@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import time
@@ -239,16 +240,17 @@ def endless_chunks(scene: Scene) -> Faulty:
     line = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
     with connect(scene.port) as sock:
-        sock.settimeout(20)
         sock.sendall(line)
         sent = 0
         try:
-            while sent < 64 << 20:
+            while not select.select([sock], [], [], 0)[0] and sent < 256 << 20:
                 sock.sendall(chunk)
                 sent += 65536
         except OSError:
             pass
-        scene.expect(sent < 40 << 20, f"it took {sent >> 20} MB of 8")
+        answer = read_answer(sock)
+    wrong = f"after {sent >> 20} MB of 8: {answer.status} {answer.failure}"
+    scene.expect(answer.status == 413 and not answer.failure, wrong)
     yield
 
 

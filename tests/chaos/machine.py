@@ -57,7 +57,7 @@ MANNERED: dict[str, dict[str, Any]] = {
 }
 SETTINGS: dict[str, Any] = {
     "min_residency": 0,
-    "queue_timeout": 25,
+    "queue_timeout": 50,
     "load_timeout": 15,
     "load_stall_timeout": 3,
     "request_timeout": 6,
