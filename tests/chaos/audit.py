@@ -87,9 +87,12 @@ class Audit:
         return oversubscribed(self.machine)
 
     def _sockets(self) -> list[str]:
-        """Connections that a client has closed and we have not."""
-        ports = {self.machine.port, *self.machine.ports}
-        left = [f"{ours} of {theirs}" for ours, theirs in half_closed() if {ours, theirs} & ports]
+        """Connections of the proxy that the other side, client or server, has closed."""
+        left = [
+            f"{ours} of {theirs}"
+            for ours, theirs in half_closed()
+            if ours == self.machine.port or theirs in self.machine.ports
+        ]
         return [f"{len(left)} connections in CLOSE_WAIT: {left[:3]}"] if left else []
 
     def _descriptors(self) -> list[str]:

@@ -41,8 +41,9 @@ def segv_ready(scene: Scene) -> Faulty:
     yield
 
 
-@fault("a ready server is told to end by somebody else", SERVER_DIED)
+@fault("a ready server is told to end by somebody else", SERVER_DIED, "upstream_timeout")
 def term_ready(scene: Scene) -> Faulty:
+    """With a stream in it, llama-server stays for 30 s and says nothing."""
     _kill(scene, _ready(scene), signal.SIGTERM)
     yield
 
