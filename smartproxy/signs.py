@@ -26,8 +26,9 @@ class Signs:
     """The side of `serve`, which makes both before it starts anything."""
 
     def __init__(self) -> None:
-        self._read_end, self.pipe = os.pipe()
-        os.set_blocking(self._read_end, False)
+        #: the pipe's end to read from; its own end says that nobody is left who could tell
+        self.ear, self.pipe = os.pipe()
+        os.set_blocking(self.ear, False)
         os.set_blocking(self.pipe, False)
         self.beat = os.memfd_create("smartproxy-beat")
         os.pwrite(self.beat, BEAT.pack(0, 0.0), 0)
@@ -39,9 +40,13 @@ class Signs:
     def heard(self) -> bytes:
         """Return the words that came since; never blocks."""
         try:
-            return os.read(self._read_end, 4096)
+            return os.read(self.ear, 4096)
         except BlockingIOError:
             return b""
+
+    def close(self) -> None:
+        """Let go of the end that children write to: nobody is started any more."""
+        os.close(self.pipe)
 
     def last_pass(self, pid: int) -> float | None:
         """Return time.monotonic() of a manager's last finished pass; None: it finished none yet."""

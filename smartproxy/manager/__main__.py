@@ -18,7 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
 from apscheduler.schedulers.background import BackgroundScheduler
@@ -31,6 +31,7 @@ from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError, ShuttingDown, StateError
 from smartproxy.lifetime import PARENT_VARIABLE, die_with_parent, take_manager_lock, worker_alive
 from smartproxy.llama import binary, process
+from smartproxy.llama.http import slots_busy
 from smartproxy.log import setup_logging
 from smartproxy.manager import measure, needs, unknown_models
 from smartproxy.manager import use as recent_use
@@ -54,6 +55,7 @@ from smartproxy.state import events, leases, measurements, migrate
 from smartproxy.state import servers as server_rows
 from smartproxy.state.manager_row import update_manager
 from smartproxy.state.store import Store
+from smartproxy.types import ServerState
 
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
@@ -68,6 +70,8 @@ IDLE_TICK_S = 1.0
 CLOCK_JUMP_S = 2.0
 #: how long requests in flight may go on in a full stop: as gunicorn's graceful_timeout
 STOP_GRACE_S = 30.0
+#: how often the log says what a stop waits for
+TELL_EVERY_S = 5.0
 #: TERM, TERM and KILL of every server at once, with room to spare
 STOP_DEADLINE_S = 45.0
 
@@ -163,7 +167,7 @@ def _serve(manager: Manager, doorbell: Doorbell, orders: Orders) -> NoReturn:
     try:
         code = _loop(manager, doorbell, scheduler, Says(orders=orders, beat=beat))
         if orders.full_stop:
-            _end_all(manager)
+            _end_all(manager, scheduler)
     finally:
         scheduler.shutdown(wait=False)
         closed = watcher.close()
@@ -276,16 +280,40 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler, 
     return 0
 
 
-def _end_all(manager: Manager) -> None:
+def _end_all(manager: Manager, scheduler: BackgroundScheduler) -> None:
     """End every server in order. Blocks until all have ended."""
-    tools = manager.tools
+    store = manager.tools.store
     logger.info("stopping: ending every llama-server when its requests are done")
     try:
-        update_manager(tools.store, stopping=True)
-        _refuse_all(tools.store)
+        update_manager(store, stopping=True)
+        _refuse_all(store)
     except StateError as error:
-        logger.error("the state file can't be used, who waits is not told of the stop: %s", error)
+        logger.error("requests that wait can't be told that the proxy stops: %s", error)
+    until = time.monotonic() + STOP_GRACE_S
+    scheduler.add_job(
+        _tell_waiting,
+        "interval",
+        [store, until],
+        seconds=TELL_EVERY_S,
+        next_run_time=_now() + timedelta(seconds=1),
+    )
     stop_all(manager.loading, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
+
+
+def _tell_waiting(store: Store, until: float) -> None:
+    """Say what the stop waits for. until: time.monotonic() after which requests are ended."""
+    left_s = until - time.monotonic()
+    for row in server_rows.live_servers(store):
+        if row.state == ServerState.DRAINING and left_s > 0:
+            logger.info(
+                "stopping: waiting for %d requests on model '%s', at most %.0f s more",
+                *(slots_busy(row.port, row.api_key), row.model_id, left_s),
+            )
+        else:
+            logger.info(
+                "stopping: waiting for the llama-server of model '%s' to end (%s)",
+                *(row.model_id, row.state),
+            )
 
 
 def _lost(store: Store) -> str | None:

@@ -311,7 +311,8 @@ class Broker:
                 if self._paused():
                     began = time.monotonic()
                     await self._until_resumed()
-                    deadline += time.monotonic() - began
+                    now = time.monotonic()
+                    deadline += now - began
                     silent_since = None
                 if self._ready_route(model_id, avoid_server_id):
                     return True

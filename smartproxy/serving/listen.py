@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 
 from smartproxy.errors import ConfigError
@@ -15,11 +17,27 @@ BACKLOG = 2048
 UNIX = "unix:"
 
 
-def listen(host: str, port: int) -> tuple[socket.socket, str]:
+def listen(host: str, port: int, *, patience_s: float = 0.0) -> tuple[socket.socket, str]:
     """Return a listening socket that children inherit, and its name for people.
 
-    host: an address, or `unix:/path` (port is not looked at then). Raises ConfigError.
+    host: an address, or `unix:/path` (port is not looked at then). patience_s: for who has it now
+    to go. Raises ConfigError.
     """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return _listen(host, port)
+        except InUse:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+class InUse(ConfigError):
+    """Another process listens there."""
+
+
+def _listen(host: str, port: int) -> tuple[socket.socket, str]:
     if host.startswith(UNIX):
         listener, name = _listen_at(Path(host.removeprefix(UNIX))), host
     else:
@@ -51,7 +69,8 @@ def _listen_on(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise ConfigError(
+        kind_of_error = InUse if error.errno == errno.EADDRINUSE else ConfigError
+        raise kind_of_error(
             f"can't listen on {host}:{port}: {error.strerror}; choose another --port"
         ) from None
     return listener
@@ -90,4 +109,4 @@ def _remove_stale(path: Path) -> None:
         except OSError:
             return
         else:
-            raise ConfigError(f"can't listen on {UNIX}{path}: another process does")
+            raise InUse(f"can't listen on {UNIX}{path}: another process does")

@@ -20,7 +20,7 @@ from smartproxy.config.settings import Settings
 from smartproxy.errors import ConfigError
 from smartproxy.lifetime import HELD_SIGNALS, take_lock
 from smartproxy.serving.farewell import Farewell
-from smartproxy.serving.guard import NOTHING_LEFT
+from smartproxy.serving.guard import NOTHING_LEFT, SERVE_LOCK
 from smartproxy.serving.half import Half
 from smartproxy.serving.listen import UNIX, close, listen
 from smartproxy.serving.stall import Stall
@@ -35,6 +35,8 @@ STOP_S = {"gunicorn": 40.0, "manager": 80.0}
 START_PATIENCE = 5
 #: after a second signal: for each to end what it started
 QUIT_S = 5.0
+#: for the workers of a `serve` that was killed to close its socket
+BIND_PATIENCE_S = 5.0
 #: how often the log says what a stop waits for
 TELL_EVERY_S = 5.0
 #: exit codes that a restart can't mend: bad configuration; an application that does not boot
@@ -70,12 +72,14 @@ def serve(settings: Settings, host: str, port: int) -> int:
     if problem and not host.startswith(UNIX):
         raise ConfigError(f"--port: {problem}")
     state_dir.prepare(settings.state_dir)
-    lock = take_lock(settings.state_dir / "serve.lock")
+    lock = take_lock(settings.state_dir / SERVE_LOCK)
     if lock is None:
         logger.error("another `smartproxy serve` runs on %s: not started", settings.state_dir)
         return EXIT_LOCKED
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     words = Words()
-    listener, name = listen(host, port)
+    listener, name = listen(host, port, patience_s=BIND_PATIENCE_S)
     guard_end, our_end = os.pipe()
     family = _family(settings, listener, guard_end, name)
     logger.info("starting, to serve on %s", name)
@@ -86,6 +90,7 @@ def serve(settings: Settings, host: str, port: int) -> int:
     close(listener)
     if code == EXIT_LOCKED:  # a manager that is not ours has servers that are not ours
         os.write(our_end, NOTHING_LEFT)
+    family.signs.close()  # the guard waits for who holds it
     os.close(our_end)
     if family.guard.process is not None:
         family.guard.process.wait()
@@ -103,7 +108,8 @@ def _family(settings: Settings, listener: socket.socket, guard_end: int, name: s
     }
     guard = Half(
         name="guard",
-        argv=[*python, "smartproxy.serving.guard", str(settings.state_dir)],
+        argv=[*python, "smartproxy.serving.guard", str(settings.state_dir), str(signs.ear)],
+        pass_fds=(signs.ear,),
         stdin=guard_end,
     )
     manager = Half(

@@ -133,7 +133,7 @@ def test_a_reload_signal_ends_nobody(tmp_path: Path) -> None:
 
 def test_who_comes_while_serve_stops_is_told_so_at_once(tmp_path: Path) -> None:
     with running(tmp_path, {"m": fake_model()}) as proxy:
-        stream = Streaming(proxy, "m", chunks=150)
+        stream = Streaming(proxy, "m", chunks=250)
         assert proxy.process is not None
         proxy.process.terminate()
         wait_until(lambda: health_code(proxy) == 503, what="it is told")
@@ -143,6 +143,8 @@ def test_who_comes_while_serve_stops_is_told_so_at_once(tmp_path: Path) -> None:
             assert answer.json()["error"]["code"] == "shutting_down"
             assert answer.headers["X-Smartproxy-Error"] == "shutting_down"
             assert answer.headers["Retry-After"]
+        told = "waiting for 1 requests on model 'm', at most"
+        wait_until(lambda: told in proxy.log(), what="the log says what is waited for")
         assert [line for line in stream.lines if line][-1] == b"data: [DONE]"
         assert proxy.process.wait(60) == 0
 
@@ -178,6 +180,37 @@ def test_another_gunicorn_takes_over_while_the_old_one_finishes(tmp_path: Path) 
         assert proxy.chat("m").status_code == 200
         assert len(gunicorn_of(proxy)) == 1
         assert "shutting_down" not in proxy.log()
+
+
+def test_serve_and_manager_killed_together_the_next_ones_take_over(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model(), "n": fake_model()}) as proxy:
+        stream = Streaming(proxy, "m")
+        server, old = proxy.llama_servers()[0].pid, proxy.manager_pid()
+        assert proxy.process is not None
+        os.kill(proxy.process.pid, signal.SIGSTOP)  # else it might start another manager
+        os.kill(old, signal.SIGKILL)
+        proxy.process.kill()
+        proxy.process.wait(60)
+        proxy.start()
+        assert proxy.chat("m").status_code == 200
+        assert proxy.chat("n").status_code == 200
+        assert server in [each.pid for each in proxy.llama_servers()]
+        assert next(stream.lines) is not None
+        assert "shutting_down" not in proxy.log()
+        stream.close()
+
+
+def test_a_guard_without_successor_lets_streams_finish(tmp_path: Path) -> None:
+    with running(tmp_path, {"m": fake_model()}) as proxy:
+        stream = Streaming(proxy, "m", chunks=150)
+        everybody = family(proxy)
+        assert proxy.process is not None
+        os.kill(proxy.process.pid, signal.SIGSTOP)
+        os.kill(proxy.manager_pid(), signal.SIGKILL)
+        proxy.process.kill()
+        proxy.process.wait(60)
+        assert [line for line in stream.lines if line][-1] == b"data: [DONE]"
+        assert psutil.wait_procs(everybody, timeout=60)[1] == []
 
 
 # a manager that hangs
