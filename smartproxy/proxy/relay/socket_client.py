@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 from smartproxy.proxy.relay.client import Client
@@ -13,6 +14,20 @@ from smartproxy.proxy.wire.heads import AnswerHead, Framing, client_head
 MAX_READ_AHEAD_BYTES = 65536
 #: for a client to take something of an answer that is complete on our side
 FLUSH_STALL_S = 60.0
+
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
+#: until a client that is gone has answered a probe: the way there and back
+PROBED_S = 0.05
+LOOK_AT_HALF_EVERY_S = 0.5
+#: of the kernel's enum of TCP states
+TCP_CLOSE = 7
+
+
+def is_reset(sock: socket.socket) -> bool:
+    """Return whether the peer of a TCP socket has reset the connection."""
+    if sock.family == socket.AF_UNIX:
+        return False  # there a write fails at once
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE
 
 
 class SocketClient(Client):
@@ -87,12 +102,31 @@ class SocketClient(Client):
         if len(self.read_ahead) > MAX_READ_AHEAD_BYTES:
             self._channel.read(False)
 
-    def _on_end(self, _error: OSError | None) -> None:
+    def _on_end(self, error: OSError | None) -> None:
         self.keep_alive = False
         if self.ended:
             self._close()
+        elif error is None and self.chunked and not self.began:
+            self._probe()
         else:
             self.on_gone()
+
+    def _probe(self) -> None:
+        """Find out whether a client that sends no more still reads, as `nc -N` does.
+
+        One that is gone answers whatever it gets with a reset. An interim answer is what it may get
+        before the answer (RFC 9110 15.2).
+        """
+        self._channel.write(INTERIM)
+        self._loop.call_later(PROBED_S, self._look_at_half)
+
+    def _look_at_half(self) -> None:
+        if self.ended or self._channel.closed:
+            return
+        if is_reset(self._channel.sock):
+            self.on_gone()
+        else:
+            self._loop.call_later(LOOK_AT_HALF_EVERY_S, self._look_at_half)
 
     def _drained(self) -> None:
         if not self.ended:

@@ -23,6 +23,8 @@ FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 TARGET = re.compile(rb"[\x21-\x7e\x80-\xff]+")
 STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 
+LENGTH = re.compile(rb"[0-9]{1,15}")
+
 #: meant for one hop only (RFC 9110 7.6.1), beside what a Connection header names
 HOP_BY_HOP = frozenset(
     {
@@ -187,7 +189,7 @@ def end_to_end(head: AnswerHead, framing: Framing) -> list[tuple[bytes, bytes]]:
 
 def _forwarded(head: AnswerHead, framing: Framing) -> list[tuple[bytes, bytes]]:
     dropped = one_hop_names(head.headers)
-    if framing not in (Framing.LENGTH, Framing.NONE):
+    if framing not in (Framing.LENGTH, Framing.NONE) or head.status == 204:
         dropped = dropped | {b"content-length"}
     kept = [(name, value) for name, value in head.headers if name.lower() not in dropped]
     if head.is_event_stream:
@@ -217,17 +219,15 @@ def _framing(
     status: int, method: str, headers: list[tuple[bytes, bytes]]
 ) -> tuple[Framing, int | None]:
     """RFC 9112 6.3, for an answer."""
+    lengths = {value for name, value in headers if name.lower() == b"content-length"}
+    length = lengths.pop() if lengths else None
+    codings = [value.lower() for name, value in headers if name.lower() == b"transfer-encoding"]
+    if length is not None and not codings and (lengths or not LENGTH.fullmatch(length)):
+        raise BadAnswer(f"content length {length!r} is not one number")
     if method == "HEAD" or status in (204, 304) or status < 200:
         return Framing.NONE, None
-    codings = [value.lower() for name, value in headers if name.lower() == b"transfer-encoding"]
     if codings:
         if codings != [b"chunked"]:
             raise BadAnswer(f"transfer coding {codings!r} is not understood")
         return Framing.CHUNKED, None
-    lengths = {value for name, value in headers if name.lower() == b"content-length"}
-    if not lengths:
-        return Framing.CLOSE, None
-    length = lengths.pop()
-    if lengths or not re.fullmatch(rb"[0-9]{1,15}", length):
-        raise BadAnswer(f"content length {length!r} is not one number")
-    return Framing.LENGTH, int(length)
+    return (Framing.CLOSE, None) if length is None else (Framing.LENGTH, int(length))

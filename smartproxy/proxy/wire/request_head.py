@@ -10,10 +10,9 @@ import re
 from dataclasses import dataclass
 
 from smartproxy.errors import BadRequest
-from smartproxy.proxy.wire.heads import FIELD_VALUE, TOKEN
+from smartproxy.proxy.wire.heads import FIELD_VALUE, LENGTH, TOKEN
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/1\.([01])")
-LENGTH = re.compile(rb"[0-9]{1,15}")
 #: what a body that is collected to its end needs no more
 OF_THE_WAY = frozenset({b"content-length", b"transfer-encoding", b"trailer", b"expect"})
 

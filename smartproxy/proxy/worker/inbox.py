@@ -24,7 +24,7 @@ from smartproxy.errors import (
     SmartProxyError,
 )
 from smartproxy.proxy.wire.channel import Channel
-from smartproxy.proxy.wire.heads import Framing, client_head
+from smartproxy.proxy.wire.heads import TOKEN, Framing, client_head
 from smartproxy.proxy.wire.own_answers import error_answer
 from smartproxy.proxy.wire.request_head import RequestHead, request_head
 from smartproxy.proxy.worker.uploads import SMALL_BODY_BYTES, Room, Upload
@@ -41,6 +41,8 @@ MAX_WAIT_FOR_ROOM_S = 300.0
 LINGER_S = 30.0
 LINGER_SILENCE_S = 2.0
 LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n", re.IGNORECASE)
+#: a length that is no number: taken for none, the body would be the next request
+ODD_LENGTH = re.compile(rb"\r\n[ \t]*content-length", re.IGNORECASE)
 ORIGIN = re.compile(rb"\r\norigin:([\t\x20-\x7e]*)\r\n", re.IGNORECASE)
 #: bodies of unknown length, and bodies that the client sends only when asked to
 NOT_BY_LENGTH = re.compile(rb"\r\n(?:transfer-encoding|expect)[ \t]*:", re.IGNORECASE)
@@ -222,7 +224,8 @@ class Reception:
         if not NOT_BY_LENGTH.search(buffer, 0, head_bytes):
             length = LENGTH.search(buffer, 0, head_bytes)
             whole_bytes = head_bytes + (int(length[1]) if length else 0)
-            if len(buffer) >= whole_bytes:
+            odd = length is None and ODD_LENGTH.search(buffer, 0, head_bytes)
+            if len(buffer) >= whole_bytes and not odd:
                 view = memoryview(buffer)
                 self.head, self.body = bytes(view[:head_bytes]), bytes(view[head_bytes:whole_bytes])
                 view.release()
@@ -231,7 +234,9 @@ class Reception:
         self._begin_body(head_bytes)
 
     def _check_part_of_head(self) -> None:
-        if BARE_LINE_FEED.search(self._buffer):
+        if self._buffer and not TOKEN.match(self._buffer) and self._buffer != b"\r":
+            self._refuse(BadRequest("not HTTP: the first byte begins no method"))
+        elif BARE_LINE_FEED.search(self._buffer):
             self._refuse(BadRequest("a line of the request ends without a carriage return"))
         elif len(self._buffer) > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge(f"the head is over {MAX_HEAD_BYTES} bytes"))

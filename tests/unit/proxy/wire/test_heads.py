@@ -104,6 +104,24 @@ def test_framing_follows_rfc_9112(
 
 
 @pytest.mark.parametrize(
+    ("head", "method"),
+    [
+        (b"204 No Content\r\nContent-Length: x", "POST"),
+        (b"304 Not Modified\r\nContent-Length: 5\r\nContent-Length: 6", "GET"),
+        (b"200 OK\r\nContent-Length: -1", "HEAD"),
+    ],
+)
+def test_a_length_is_checked_where_no_body_follows(head: bytes, method: str) -> None:
+    with pytest.raises(BadAnswer):
+        parse_head(b"HTTP/1.1 " + head + b"\r\n\r\n", method)
+
+
+def test_an_answer_of_no_content_has_no_length() -> None:
+    head = parse_head(b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", "POST")
+    assert b"ength" not in client_head(head, Framing.NONE, keep_alive=True)
+
+
+@pytest.mark.parametrize(
     "head",
     [
         b"HTTP/2 200 OK",
