@@ -11,6 +11,7 @@ Exit codes: 0 stopped on request, 2 bad configuration, 3 another manager has thi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -367,6 +368,18 @@ def _tidy(tools: Tools) -> None:
     events.prune(tools.store)
     measurements.prune(tools.store)
     trim_logs(tools)
+    give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Give the system what was freed: glibc keeps it, in a heap for every few threads.
+
+    Without this the manager grows by megabytes an hour while models come and go, though it holds no
+    more than before. Costs about a millisecond. Other C libraries need it not, and have it not.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 if __name__ == "__main__":
