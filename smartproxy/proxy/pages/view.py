@@ -22,7 +22,7 @@ from smartproxy.gpus.types import GpuState
 from smartproxy.state import gpus as gpu_rows
 from smartproxy.state import models
 from smartproxy.state import servers as server_rows
-from smartproxy.state.assignments import AssignmentRow, assignments, models_by_gpu
+from smartproxy.state.assignments import UNKNOWN_INDEX, AssignmentRow, assignments, models_by_gpu
 from smartproxy.state.gpus import GpuProcessRow, GpuRow
 from smartproxy.state.manager_row import HEARTBEAT_STALE_S, manager_row
 from smartproxy.state.models import ModelRow
@@ -49,8 +49,12 @@ def servers(store: Store, *, now: float) -> list[Server]:
 
 
 def server(row: ServerRow, shares: list[AssignmentRow]) -> Server:
-    """Return one server with its assignment; without GPUs it has none."""
+    """Return one server with its assignment; without GPUs it has none.
+
+    An adopted server's GPUs have no number before they were looked at: until then it has none too.
+    """
     state = row.state
+    shares = [share for share in shares if share.gpu_index != UNKNOWN_INDEX]
     measured = row.measured_bytes
     split = [float(share) for share in (row.tensor_split or "").split(",") if share]
     parts = [share.measured_bytes for share in shares]
