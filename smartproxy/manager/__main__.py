@@ -40,13 +40,13 @@ from smartproxy.manager.act import stop_all
 from smartproxy.manager.adopt import adopt_all
 from smartproxy.manager.bring_up import Loading
 from smartproxy.manager.children import Children
-from smartproxy.manager.context import Preload, Tools
+from smartproxy.manager.context import Ahead, Preload, Tools
 from smartproxy.manager.doorbell import Doorbell
 from smartproxy.manager.failures import Failures
 from smartproxy.manager.gpu_watch import GpuView, Watcher
 from smartproxy.manager.lingering import Lingering
 from smartproxy.manager.server_watch import trim_logs, watch
-from smartproxy.manager.shortage import Shortages
+from smartproxy.manager.shortage import Known, Shortages
 from smartproxy.manager.snapshot import Sources
 from smartproxy.manager.tick import Manager, Pass, tick
 from smartproxy.orders import Orders
@@ -127,6 +127,7 @@ def make_manager(tools: Tools) -> Manager:
     lingering = Lingering(tools.store, view)
     preload = Preload(spec.id for spec in tools.catalog.models.values() if spec.preload)
     shortages = Shortages(preload)
+    ahead: Ahead[Known] = Ahead(tools.poke)
     loading = Loading(
         tools=tools,
         children=Children(),
@@ -134,12 +135,14 @@ def make_manager(tools: Tools) -> Manager:
         view=view,
         failures=Failures(tools.store.now),
         shortages=shortages,
+        ahead=ahead,
     )
     sources = Sources(
         tools=tools,
         view=view,
         lingering=lingering,
         shortages=shortages,
+        ahead=ahead,
         recent=recent_use.load(tools.store, tools.store.now()),
     )
     return Manager(tools=tools, loading=loading, sources=sources)

@@ -16,6 +16,7 @@ from smartproxy.errors import (
     StateRefused,
 )
 from smartproxy.llama import process
+from smartproxy.manager import shortage
 from smartproxy.manager.adopt import carry_on
 from smartproxy.manager.bring_down import (
     Draining,
@@ -26,8 +27,8 @@ from smartproxy.manager.bring_down import (
     take_from_drain,
 )
 from smartproxy.manager.bring_up import Loading, argv_of, bring_up, free_port
-from smartproxy.manager.context import Tools
-from smartproxy.manager.served import loaded_of, options_key, settings_key
+from smartproxy.manager.context import NotYet, Tools
+from smartproxy.manager.served import settings_key
 from smartproxy.planner.types import Decision, Evict, GpuShare, Start
 from smartproxy.state import counts, events
 from smartproxy.state import demands as demand_rows
@@ -66,6 +67,8 @@ def carry_out(loading: Loading, decided: Decided, demands: list[Demand], now: fl
     for start_ in decision.starts:
         try:
             start(loading, start_, decided, now)
+        except NotYet:
+            continue  # the next pass has it
         except (SmartProxyError, OSError) as error:
             # no port, no such device, the file has just gone: the load's failure, not the pass's
             code = error.code if isinstance(error, SmartProxyError) else LoadFailed.code
@@ -121,26 +124,25 @@ def _answer(
 def start(loading: Loading, begun: Start, decided: Decided, now: float) -> None:
     """Write the server and what it is promised, then bring it up in a thread."""
     tools = loading.tools
-    loading.shortages.preload.discard(begun.model_id)
     spec = tools.catalog.models[begun.model_id]
+    known = shortage.ask(loading.ahead, tools, loading.shortages, spec)
+    loading.shortages.preload.discard(begun.model_id)
     placement = begun.placement
     layout, estimate = placement.layout, placement.estimate
     port = free_port(tools)
-    loaded = loaded_of(tools.store, spec)
-    argv = argv_of(tools, loading.view, spec, placement, port=port)
-    options = options_key(spec, loaded, tools.binary.build)
+    argv = argv_of(tools, loading.view, spec, placement, port=port, loaded=known.loaded)
     new = NewServer(
         model_id=spec.id,
         port=port,
         api_key=secrets.token_urlsafe(24),
         command=json.dumps(argv),
         log_path=str(_log_path(tools, spec.id, now)),
-        settings_key=settings_key(options, layout),
+        settings_key=settings_key(known.options_key, layout),
         on_cpu_for_want_of_gpu=placement.on_cpu_for_want_of_gpu,
         context_size=layout.context_size,
         parallel=spec.parallel,
         gpu_layers=layout.gpu_layers if placement.gpus else 0,
-        layer_count=loaded.metadata.layer_count + 1,
+        layer_count=known.loaded.metadata.layer_count + 1,
         tensor_split=",".join(f"{share:g}" for share in layout.tensor_split),
         estimated_bytes=sum(share.bytes for share in placement.gpus),
         host_estimated_bytes=estimate.host.total_bytes,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from functools import partial
 
 import psutil
 
@@ -37,6 +38,9 @@ from smartproxy.state.server_row import LiveServer, NewServer, ServerColumns
 from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
+
+#: a start waits so long to hear what the server of a lost row takes
+FILE_PATIENCE_S = 5.0
 
 
 def adopt_all(loading: Loading) -> None:
@@ -223,7 +227,13 @@ def _expected(loading: Loading, said: Said) -> Estimate | None:
         cpu_moe_layers=said.cpu_moe_layers,
     )
     try:
-        return shortage.need_of(loading.tools, loading.shortages, spec).estimate(layout)
+        known = loading.ahead.wait(
+            spec.id,
+            spec,
+            partial(shortage.known_of, loading.tools, loading.shortages, spec),
+            within_s=FILE_PATIENCE_S,
+        )
+        return known.need.estimate(layout)
     except SmartProxyError as error:
         logger.warning("model '%s': what its server takes is not known: %s", spec.id, error)
         return None

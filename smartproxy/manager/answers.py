@@ -10,7 +10,7 @@ from typing import Any
 
 from smartproxy.errors import ModelNotFound, SmartProxyError
 from smartproxy.manager import needs, shortage
-from smartproxy.manager.context import Tools
+from smartproxy.manager.context import NotYet, Tools
 from smartproxy.manager.failures import Failures
 from smartproxy.manager.snapshot import Sources
 from smartproxy.memory.types import DeviceBytes, Estimate, Layout
@@ -82,6 +82,8 @@ def answer_plans(sources: Sources, world: Snapshot, demands: list[Demand], now: 
             continue
         try:
             load = _as_if_asked(sources, demand, now)
+        except NotYet:
+            continue
         except SmartProxyError as error:
             demand_rows.answer(
                 sources.tools.store, [demand.id], now=now, error_code=error.code, message=str(error)
@@ -99,7 +101,7 @@ def _as_if_asked(sources: Sources, demand: Demand, now: float) -> WaitingLoad:
         model_id=spec.id,
         asked_at=now,
         requests=1,
-        need=shortage.need_of(tools, sources.shortages, spec),
+        need=shortage.ask(sources.ahead, tools, sources.shortages, spec).need,
         policy=needs.policy_of(view.gpus, spec),
     )
 

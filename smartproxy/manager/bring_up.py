@@ -27,11 +27,12 @@ from smartproxy.llama.out_of_memory import Lacking
 from smartproxy.llama.process import Child
 from smartproxy.manager import measure, shortage
 from smartproxy.manager.bring_down import Ending
-from smartproxy.manager.context import Tools
+from smartproxy.manager.context import Ahead, Tools
 from smartproxy.manager.failures import Failures
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.served import loaded_of
-from smartproxy.manager.shortage import Death, OutOfGpuMemory, Shortages
+from smartproxy.manager.shortage import Death, Known, OutOfGpuMemory, Shortages
+from smartproxy.memory.estimate import Loaded
 from smartproxy.planner.reasons import gb
 from smartproxy.planner.types import Placement
 from smartproxy.state import servers as server_rows
@@ -59,6 +60,8 @@ class Loading(Ending):
     view: GpuView
     failures: Failures
     shortages: Shortages
+    #: what files say, for the main loop
+    ahead: Ahead[Known]
 
 
 def bring_up(loading: Loading, server_id: int, spec: ModelSpec, placement: Placement) -> None:
@@ -66,7 +69,8 @@ def bring_up(loading: Loading, server_id: int, spec: ModelSpec, placement: Place
     try:
         loaded = loaded_of(loading.tools.store, spec)
         measure.expect(loading.tools, server_id, placement, spec=spec, loaded=loaded)
-        _start_and_wait(loading, server_id, spec, placement)
+        begun = Begun(spec=spec, placement=placement, loaded=loaded)
+        _start_and_wait(loading, server_id, begun)
     except OutOfGpuMemory as error:
         _out_of_memory(loading, server_id, spec, error)
     except SmartProxyError as error:
@@ -94,15 +98,21 @@ def resume(loading: Loading, server_id: int, spec: ModelSpec) -> None:
 
 
 def argv_of(
-    tools: Tools, view: GpuView, spec: ModelSpec, placement: Placement, *, port: int
+    tools: Tools,
+    view: GpuView,
+    spec: ModelSpec,
+    placement: Placement,
+    *,
+    port: int,
+    loaded: Loaded,
 ) -> list[str]:
-    """Return a server's command line. Raises LoadFailed or MetadataError: why there is none."""
+    """Return a server's command line. Raises LoadFailed: why there is none."""
     return command(
         tools.binary,
         spec,
         placement,
         port=port,
-        loaded=loaded_of(tools.store, spec),
+        loaded=loaded,
         devices=_devices(tools, view, placement),
     )
 
@@ -111,16 +121,24 @@ def _devices(tools: Tools, view: GpuView, placement: Placement) -> tuple[str, ..
     return device_names(tools.binary.devices, view.gpus, placement.gpus)
 
 
-def _start_and_wait(
-    loading: Loading, server_id: int, spec: ModelSpec, placement: Placement
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """What is being started: a model, where, and what of it."""
+
+    spec: ModelSpec
+    placement: Placement
+    loaded: Loaded
+
+
+def _start_and_wait(loading: Loading, server_id: int, begun: Begun) -> None:
+    spec, placement, loaded = begun.spec, begun.placement, begun.loaded
     tools, view = loading.tools, loading.view
     killed = False
     for left in reversed(range(PORT_TRIES)):
         row = server_rows.server(tools.store, server_id)
         if row.state != ServerState.STARTING:
             return  # it was stopped while it waited for its turn
-        argv = argv_of(tools, view, spec, placement, port=row.port)
+        argv = argv_of(tools, view, spec, placement, port=row.port, loaded=loaded)
         env = environment(
             tools.binary,
             spec,

@@ -7,20 +7,32 @@ must outlive the manager is in the state file.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 from smartproxy.catalog.catalog import Catalog
 from smartproxy.catalog.live import Live
 from smartproxy.config.settings import Settings
+from smartproxy.errors import LoadFailed, SmartProxyError
 from smartproxy.llama.binary import Binary
 from smartproxy.state.store import Store
 
 logger = logging.getLogger(__name__)
+
+#: seconds after which who waits for a file is told that it can't be read
+READ_DEADLINE_S = 30.0
+#: seconds that what was read is believed without a look; a pass asks several times
+FRESH_S = 0.05
+#: and where it is asked for all the time, which `OFTEN_S` between two times is
+STALE_S, OFTEN_S = 10.0, 0.25
+#: threads, those included that hang
+MOST_READERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,3 +98,119 @@ class Preload:
         """Return the models in the order of their names."""
         with self._lock:
             return sorted(self._ids)
+
+
+class NotYet(Exception):
+    """It is being read from disk; the main loop is woken when it is there."""
+
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Reading(Generic[T]):
+    """One thing that is read, or was. Monotonic seconds."""
+
+    of: object
+    began_at: float
+    #: the last try that is still under way
+    under_way: bool = True
+    #: None: no try has ended yet
+    ended_at: float | None = None
+    value: T | None = None
+    error: SmartProxyError | None = None
+    asked_at: float = 0.0
+
+
+class Ahead(Generic[T]):
+    """What the main loop wants to know of files, read in threads of its own.
+
+    A file system may hang for ever, and a header may take its time; the main loop waits for
+    neither. Any thread may use it.
+    """
+
+    def __init__(self, poke: Callable[[], None], *, deadline_s: float = READ_DEADLINE_S) -> None:
+        self._poke = poke
+        self._deadline_s = deadline_s
+        self._lock = threading.Condition()
+        #: by what it is of; written under the lock
+        self._readings: dict[str, _Reading[T]] = {}
+        #: threads that read, or hang; written under the lock
+        self._readers = 0
+
+    def get(self, name: str, of: object, read: Callable[[], T]) -> T:
+        """Return what `read` says, or raise its SmartProxyError. Never blocks.
+
+        of: what it depends on; another one is read anew. Raises NotYet while it is being read, and
+        LoadFailed once that has taken too long. Who asks all the time gets what was read last,
+        while it is read again beside.
+        """
+        now = time.monotonic()
+        with self._lock:
+            reading = self._readings.get(name)
+            if reading is None or reading.of is not of:
+                reading = _Reading(of, now, under_way=False)
+                self._readings[name] = reading
+            often = now - reading.asked_at < OFTEN_S
+            reading.asked_at = now
+            age_s = math.inf if reading.ended_at is None else now - reading.ended_at
+            if age_s > FRESH_S and not reading.under_way:
+                self._begin(name, reading, read)
+            if age_s > (STALE_S if often else FRESH_S):
+                self._raise_late(name, reading, now)
+            if reading.error is not None:
+                raise reading.error
+            return cast("T", reading.value)  # a try has ended, and without an error
+
+    def wait(self, name: str, of: object, read: Callable[[], T], *, within_s: float) -> T:
+        """Do the same, and block until it is there: at most so many seconds."""
+        deadline = time.monotonic() + within_s
+        while True:
+            try:
+                return self.get(name, of, read)
+            except NotYet:
+                with self._lock:
+                    left_s = deadline - time.monotonic()
+                    if left_s <= 0:
+                        raise LoadFailed(_late(name, within_s)) from None
+                    self._lock.wait(min(left_s, OFTEN_S / 2))
+
+    def _raise_late(self, name: str, reading: _Reading[T], now: float) -> NoReturn:
+        if now - reading.began_at > self._deadline_s:
+            raise LoadFailed(_late(name, self._deadline_s))
+        raise NotYet
+
+    def _begin(self, name: str, reading: _Reading[T], read: Callable[[], T]) -> None:
+        """Start a reader; where too many hang already, the next pass tries again."""
+        if reading.ended_at is not None:
+            reading.began_at = time.monotonic()
+        if self._readers >= MOST_READERS:
+            return
+        self._readers += 1
+        reading.under_way = True
+        threading.Thread(
+            target=self._read, args=(reading, read), name=f"reads {name}", daemon=True
+        ).start()
+
+    def _read(self, reading: _Reading[T], read: Callable[[], T]) -> None:
+        value, error = None, None
+        try:
+            value = read()
+        except SmartProxyError as known:
+            error = known
+        except Exception as unknown:  # it is told to whoever asks
+            logger.exception("reading failed")
+            error = LoadFailed(f"{type(unknown).__name__}: {unknown}")
+        with self._lock:
+            self._readers -= 1
+            reading.value, reading.error = value, error
+            reading.under_way, reading.ended_at = False, time.monotonic()
+            self._lock.notify_all()
+        self._poke()
+
+
+def _late(name: str, within_s: float) -> str:
+    return (
+        f"model '{name}': its files could not be read within {within_s:g} s;"
+        " does their file system answer?"
+    )

@@ -12,14 +12,17 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.errors import LoadFailed
 from smartproxy.llama.out_of_memory import asked_bytes
 from smartproxy.manager import needs
-from smartproxy.manager.context import Preload, Tools
+from smartproxy.manager.context import Ahead, Preload, Tools
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.lingering import PATIENCE_S, Lingering
+from smartproxy.manager.served import loaded_of, options_key
+from smartproxy.memory.estimate import Loaded
 from smartproxy.memory.types import Estimate, Layout, Need
 from smartproxy.planner.reasons import gb
 from smartproxy.state import servers as server_rows
@@ -86,6 +89,34 @@ class Death:
     server_id: int
     spec: ModelSpec
     error: OutOfGpuMemory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the files of a model and its earlier loads say."""
+
+    need: Need
+    loaded: Loaded
+    #: names all that memory depends on besides the layout (served.options_key)
+    options_key: str
+
+
+def known_of(tools: Tools, shortages: Shortages, spec: ModelSpec) -> Known:
+    """Return what is known of a model. Blocks for as long as its file system does.
+
+    Raises LoadFailed or MetadataError: why it can't be known.
+    """
+    loaded = loaded_of(tools.store, spec)
+    return Known(
+        need=need_of(tools, shortages, spec),
+        loaded=loaded,
+        options_key=options_key(spec, loaded, tools.binary.build),
+    )
+
+
+def ask(ahead: Ahead[Known], tools: Tools, shortages: Shortages, spec: ModelSpec) -> Known:
+    """Return the same without blocking. Raises NotYet besides."""
+    return ahead.get(spec.id, spec, partial(known_of, tools, shortages, spec))
 
 
 def need_of(tools: Tools, shortages: Shortages, spec: ModelSpec) -> Need:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from smartproxy.errors import SmartProxyError
 from smartproxy.manager import needs, shortage
 from smartproxy.manager import use as recent_use
-from smartproxy.manager.context import Preload, Tools
+from smartproxy.manager.context import Ahead, NotYet, Preload, Tools
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.lingering import Lingering
-from smartproxy.manager.shortage import Shortages
+from smartproxy.manager.shortage import Known, Shortages
 from smartproxy.manager.use import RecentUse
 from smartproxy.planner.types import PlanSettings, Promise, RunningServer, Snapshot, WaitingLoad
 from smartproxy.state import demands as demand_rows
@@ -32,6 +32,7 @@ class Sources:
     view: GpuView
     lingering: Lingering
     shortages: Shortages
+    ahead: Ahead[Known]
     recent: RecentUse
 
     @property
@@ -139,9 +140,11 @@ def _waiting(
                 model_id=model_id,
                 asked_at=asked_at,
                 requests=1,
-                need=shortage.need_of(sources.tools, sources.shortages, spec),
+                need=shortage.ask(sources.ahead, sources.tools, sources.shortages, spec).need,
                 policy=needs.policy_of(sources.view.gpus, spec),
             )
+        except NotYet:
+            continue
         except SmartProxyError as error:
             _refuse_unreadable(sources, model_id, demands, error, now)
     yield from waiting.values()

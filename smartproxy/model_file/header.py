@@ -1,6 +1,6 @@
 """Parse a GGUF header: keys, tensor descriptions, nothing of the weights.
 
-Input is any buffer over the file, output a `Header`. The bytes are hostile until shown otherwise:
+Input are the first bytes of the file, output a `Header`. They are hostile until shown otherwise:
 every length is checked before it is used, every count is bounded. Long string arrays
 (vocabularies) are jumped over, which turns 30 ms into 3. No I/O here.
 Source of the format: llama.cpp b11434, ggml/src/gguf.cpp and docs/gguf.md.
@@ -9,11 +9,9 @@ Source of the format: llama.cpp b11434, ggml/src/gguf.cpp and docs/gguf.md.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
-from mmap import mmap
 
-Buffer = bytes | mmap
+Buffer = bytes | bytearray
 
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 18
@@ -28,10 +26,12 @@ MAX_READ_ARRAY = 4096
 MAX_READ_NUMBERS = 1 << 20
 #: strings of all arrays together that are walked one by one: a second's work
 MAX_WALKED_STRINGS = 1 << 22
+#: of one text; chat templates have a hundred thousand
+MAX_TEXT_BYTES = 1 << 26
 #: of a text, the rest is passed over: no name that anybody asks for is longer, templates are
 MAX_KEPT_BYTES = 1 << 16
 #: of a vocabulary, on average: 8 are the length's, and no vocabulary has tokens or merges as short
-#: as 4; so much is not even read. One that has is walked instead, see `_next_entry`.
+#: as 4. One that has is walked instead, see `_next_entry`.
 LEAST_STRING_BYTES = 12
 #: likewise on average, from where the search for the array's end begins
 LONGEST_STRING_BYTES = 64
@@ -56,6 +56,10 @@ class BadHeader(Exception):
     """The bytes are not a GGUF header that llama.cpp would read; the text says why."""
 
 
+class Cut(BadHeader):
+    """The bytes end before the header does: of a file's beginning, more of it may help."""
+
+
 @dataclass(frozen=True, slots=True)
 class Counted:
     """An array that was not read."""
@@ -63,8 +67,6 @@ class Counted:
     count: int
 
 
-#: told a position in the data
-Soon = Callable[[int], None]
 Scalar = bool | int | float | str
 Value = Scalar | list[Scalar] | Counted
 
@@ -87,19 +89,22 @@ class Header:
     data_offset: int
 
 
-def parse_header(data: Buffer, *, jump: bool = True, soon: Soon = lambda _position: None) -> Header:
+def parse_header(data: Buffer, *, jump: bool = True, whole: bool = True) -> Header:
     """Return the header at the start of `data`; raises BadHeader.
 
     jump: look for the end of long string arrays instead of walking them. Where what is found
-    makes no sense, the whole is walked after all. soon: told the position at which reading goes on
-    after a jump, so that whoever owns the file can fetch it meanwhile.
+    makes no sense, the whole is walked after all. whole: `data` is the whole file; else Cut is
+    raised where more of it is needed.
     """
     if jump:
         try:
-            return _parse(data, soon)
+            return _parse(data, jump=True)
+        except Cut:
+            if not whole:
+                raise
         except BadHeader:
             pass
-    return _parse(data, None)
+    return _parse(data, jump=False)
 
 
 @dataclass(slots=True)
@@ -107,21 +112,21 @@ class _Work:
     """One pass over a header's keys, and how much work it may still cause."""
 
     data: Buffer
-    #: None: string arrays are walked
-    soon: Soon | None
+    #: long string arrays are jumped over, not walked
+    jump: bool
     #: how names of keys begin
     starts: tuple[bytes, ...] = _KEY_STARTS
     numbers_left: int = MAX_READ_NUMBERS
     strings_left: int = MAX_WALKED_STRINGS
 
 
-def _parse(data: Buffer, soon: Soon | None) -> Header:
+def _parse(data: Buffer, *, jump: bool) -> Header:
     try:
         tensor_count, key_count = _counts(data)
-        keys, at = _keys(_Work(data, soon), key_count)
+        keys, at = _keys(_Work(data, jump), key_count)
         tensors, at = _tensors(data, at, tensor_count)
     except struct.error:
-        raise BadHeader("the file ends inside its header") from None
+        raise Cut("the file ends inside its header") from None
     alignment = keys.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
         raise BadHeader(f"general.alignment is {alignment!r}")
@@ -156,7 +161,7 @@ def _keys(work: _Work, count: int) -> tuple[dict[str, Value], int]:
             # after the last key come tensors of any name: nothing to look for
             keys[key], at = _array(work, at, key, last=index + 1 == count)
         elif kind == STRING:
-            keys[key], at = _text(data, at, len(data), key)
+            keys[key], at = _text(data, at, MAX_TEXT_BYTES, key)
         else:
             scalar = _scalar(kind, key)
             (keys[key],) = scalar.unpack_from(data, at)
@@ -176,8 +181,10 @@ def _scalar(kind: int, key: str) -> struct.Struct:
 def _text(data: Buffer, at: int, limit: int, what: str) -> tuple[str, int]:
     (length,) = _U64.unpack_from(data, at)
     start = at + 8
-    if length > limit or length > len(data) - start:
-        raise BadHeader(f"{what} is said to be {length} bytes long")
+    if length > limit:
+        raise BadHeader(f"{what} is said to be {length} bytes long (at most {limit})")
+    if length > len(data) - start:
+        raise Cut(f"{what} is said to be {length} bytes long")
     end = start + length
     return data[start : min(end, start + MAX_KEPT_BYTES)].decode("utf-8", "replace"), end
 
@@ -191,16 +198,15 @@ def _array(work: _Work, at: int, key: str, *, last: bool) -> tuple[Value, int]:
     if kind == ARRAY:
         raise BadHeader(f"{key!r} is an array of arrays, which llama.cpp does not read")
     if kind == STRING:
-        if work.soon is not None and not last and count > MIN_JUMPED:
+        if work.jump and not last and count > MIN_JUMPED:
             at += LEAST_STRING_BYTES * count
-            work.soon(at)
             end = at + LONGEST_STRING_BYTES * count
             return Counted(count), _next_entry(work.data, (at, end), work.starts)
         return Counted(count), _walk_strings(work, at, count)
     scalar = _scalar(kind, key)
     end = at + count * scalar.size
     if end > len(work.data):
-        raise BadHeader(f"{key!r} runs past the end of the file")
+        raise Cut(f"{key!r} runs past the end of the file")
     if count > min(MAX_READ_ARRAY, work.numbers_left):
         return Counted(count), end
     work.numbers_left -= count
@@ -215,7 +221,7 @@ def _walk_strings(work: _Work, at: int, count: int) -> int:
     for _ in range(count):
         at += 8 + unpack(data, at)[0]
         if at > size:
-            raise BadHeader("a string runs past the end of the file")
+            raise Cut("a string runs past the end of the file")
     return at
 
 
@@ -231,7 +237,8 @@ def _next_entry(data: Buffer, within: tuple[int, int], starts: tuple[bytes, ...]
         position = data.find(_SHORT_LENGTH + start, *within)
         if position > 0:
             return position - 1
-    raise BadHeader("no entry after an array of strings")
+    kind = Cut if within[1] > len(data) else BadHeader
+    raise kind("no entry after an array of strings")
 
 
 def _tensors(data: Buffer, at: int, count: int) -> tuple[list[TensorInfo], int]:

@@ -10,21 +10,22 @@ import dataclasses
 import json
 import os
 import re
-from functools import lru_cache, partial
-from mmap import ACCESS_READ, mmap
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from smartproxy.errors import MetadataError
 from smartproxy.model_file import architectures, keys
-from smartproxy.model_file.header import BadHeader, Header, parse_header
+from smartproxy.model_file.header import BadHeader, Cut, Header, parse_header
 from smartproxy.model_file.opening import open_regular
 from smartproxy.model_file.tensors import TensorSums, sum_tensors
 from smartproxy.model_file.types import FileSpan, LayerTensors, ModelMetadata
 
 MAX_PARTS = 999
-#: what is left of a vocabulary's tokens, or merges, after the jump over most of them
-READ_AHEAD_BYTES = 3 << 19
+#: of a file, until its header is whole: most are done at the second, vocabularies of a quarter of
+#: a million tokens at the third
+READ_BYTES = tuple(size << 20 for size in (1, 8, 32, 128))
+READ_AT_ONCE_BYTES = 4 << 20
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
@@ -83,20 +84,39 @@ def from_json(text: str) -> ModelMetadata:
 def _read_header(path: Path) -> tuple[Header, int]:
     try:
         with open_regular(path) as file:
-            size = file.seek(0, 2)
+            size = os.fstat(file.fileno()).st_size
             if size == 0:
                 raise BadHeader("the file is empty")
-            with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-                return parse_header(data, soon=partial(_fetch, file.fileno())), size
+            return _parse_beginning(file.fileno(), size), size
     except OSError as error:
         raise MetadataError(f"{path}: {error.strerror or error}") from None
     except (BadHeader, ValueError) as error:
         raise MetadataError(f"{path}: {error}") from None
 
 
-def _fetch(descriptor: int, position: int) -> None:
-    """Have the kernel read on from a position at once, not page by page as the search goes."""
-    os.posix_fadvise(descriptor, position, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+def _parse_beginning(descriptor: int, size: int) -> Header:
+    """Read as much of a file as its header needs.
+
+    Not mapped into memory: a file system that hangs would hold the interpreter's lock with it, and
+    a file that is cut meanwhile would kill us.
+    """
+    data = bytearray()
+    for wanted in READ_BYTES:
+        _read_on(descriptor, data, min(wanted, size))
+        try:
+            return parse_header(data, whole=len(data) >= size)
+        except Cut:
+            if len(data) >= size:
+                raise
+    raise BadHeader(f"its header is longer than {READ_BYTES[-1] >> 20} MB")
+
+
+def _read_on(descriptor: int, data: bytearray, wanted: int) -> None:
+    while len(data) < wanted:
+        more = os.pread(descriptor, min(READ_AT_ONCE_BYTES, wanted - len(data)), len(data))
+        if not more:
+            return  # it was cut meanwhile
+        data += more
 
 
 def _other_parts(path: Path, header: Header) -> list[Path]:

@@ -20,7 +20,7 @@ from smartproxy.manager.tick import tick
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import servers as server_rows
 from smartproxy.types import ServerState
-from tests.support.managers import manager_of
+from tests.support.managers import begun, manager_of
 from tests.support.running import free_port, wait_until
 
 
@@ -30,9 +30,7 @@ def test_a_server_stopped_before_its_process_began_leaves_none_behind(tmp_path: 
         threads.submit(go_on.wait)  # the start has to queue
         now = time.time()
         store = manager.tools.store
-        demand_rows.ask(store, "load", "m", "worker", now=now)
-        tick(manager, now)
-        [row] = server_rows.live_servers(store)
+        row = begun(manager)
         assert server_rows.transition(
             store,
             row.id,
@@ -62,9 +60,7 @@ def test_a_state_that_could_not_be_written_is_reached_once_it_can(
                 f"CREATE TRIGGER full BEFORE UPDATE OF state ON servers WHEN NEW.state = '{state}'"
                 " BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
             )
-        demand_rows.ask(store, "load", "m", "worker", now=time.time())
-        tick(manager, time.time())
-        [row] = server_rows.live_servers(store)
+        row = begun(manager)
         if state != "ready":
             wait_until(lambda: server_rows.server(store, row.id).state == ServerState.READY)
             unload(manager.loading, "m", "a test's", time.time())
@@ -113,7 +109,12 @@ def test_load_without_a_port_fails_with_the_range_and_who_has_it(tmp_path: Path)
         manager = manager_of(tmp_path, threads, server_pool=pool)
         now = time.time()
         demand_rows.ask(manager.tools.store, "load", "m", "worker", now=now)
-        tick(manager, now)
+
+        def failed() -> bool:
+            tick(manager, now)
+            return manager.loading.failures.get("m") is not None
+
+        wait_until(failed, what="the load has failed")
         assert server_rows.live_servers(manager.tools.store) == []
     failure = manager.loading.failures.get("m")
     assert failure is not None

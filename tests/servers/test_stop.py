@@ -16,13 +16,12 @@ from smartproxy.lifetime import owned_processes, worker_id
 from smartproxy.manager.act import stop_all
 from smartproxy.manager.bring_down import on_server
 from smartproxy.manager.tick import Manager, tick
-from smartproxy.state import demands as demand_rows
 from smartproxy.state import leases
 from smartproxy.state import servers as server_rows
 from smartproxy.types import ServerState
 from tests.servers.test_unknown_models import brand_new, build_with_tool
 from tests.support.gpu_running import Card, gpu_machine, world_of
-from tests.support.managers import loaded, manager_of
+from tests.support.managers import begun, loaded, manager_of
 from tests.support.running import wait_until
 
 #: no stop of these tests may take so long: they would otherwise wait for it
@@ -52,10 +51,7 @@ def nothing_is_left(manager: Manager) -> None:
 
 def starting(manager: Manager) -> int:
     """Return the server of a model that has just begun to load."""
-    demand_rows.ask(manager.tools.store, "load", "m", "worker", now=time.time())
-    tick(manager, time.time())
-    [row] = server_rows.live_servers(manager.tools.store)
-    return row.id
+    return begun(manager).id
 
 
 def drain_without_thread(manager: Manager) -> None:

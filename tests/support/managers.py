@@ -64,3 +64,16 @@ def loaded(manager: Manager, model_id: str = "m") -> LiveServer:
     assert row is not None
     demand_rows.withdraw(store, [demand_id])
     return row
+
+
+def begun(manager: Manager) -> LiveServer:
+    """Ask for model m and make passes until its server has a row."""
+    store = manager.tools.store
+    demand_rows.ask(store, "load", "m", "worker", now=time.time())
+
+    def live() -> list[LiveServer]:
+        tick(manager, time.time())  # the first has the model's file read
+        return server_rows.live_servers(store)
+
+    [row] = wait_until(live, what="a server has begun")
+    return row

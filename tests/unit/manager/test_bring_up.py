@@ -14,6 +14,7 @@ import pytest
 from smartproxy.llama.process import Child
 from smartproxy.manager.bring_up import Loading, resume
 from smartproxy.manager.children import Children
+from smartproxy.manager.context import Ahead
 from smartproxy.manager.failures import Failure, Failures
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.lingering import Lingering
@@ -75,6 +76,7 @@ class Scene:
             view=view,
             failures=self.failures,
             shortages=cast(Shortages, threading.Event()),
+            ahead=Ahead(lambda: None),
         )
         spec: Any = SimpleNamespace(id="m", load_timeout_s=60.0)
         resume(loading, server_id, spec)

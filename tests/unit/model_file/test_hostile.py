@@ -14,12 +14,15 @@ from smartproxy.model_file.header import (
     MAX_ARRAY,
     MAX_KEPT_BYTES,
     MAX_READ_NUMBERS,
+    MAX_TEXT_BYTES,
     BadHeader,
     Counted,
+    Cut,
     parse_header,
 )
 from smartproxy.model_file.kind import GgufKind, gguf_kind
 from smartproxy.model_file.metadata import read_header
+from tests.support import gguf_files, gguf_shapes
 
 STRING, ARRAY, UINT32 = 8, 9, 4
 
@@ -78,3 +81,23 @@ def test_what_is_no_regular_file_is_refused_at_once(make: object, tmp_path: Path
     with pytest.raises(MetadataError, match=r"model\.gguf"):
         read_header(path)
     assert gguf_kind(path) is GgufKind.MODEL
+
+
+def test_of_a_files_beginning_the_header_is_the_same_or_more_is_asked_for(tmp_path: Path) -> None:
+    body = gguf_shapes.Body(
+        width=64, layers=3, heads=2, kv_heads=2, head=32, inner=128, vocabulary=1024
+    )
+    path = gguf_files.write(gguf_shapes.transformer("m.F16", "llama", body), tmp_path)
+    whole = parse_header(path.read_bytes())
+    data = path.read_bytes()[: whole.data_offset + 100]
+    for size in (*range(24, len(data), 97), len(data)):
+        try:
+            assert parse_header(data[:size], whole=False) == whole
+        except Cut:
+            assert size < whole.data_offset
+
+
+def test_a_text_that_is_said_to_be_huge_is_refused_before_it_is_read() -> None:
+    huge = head(1) + key("general.name", STRING) + struct.pack("<Q", MAX_TEXT_BYTES + 1)
+    with pytest.raises(BadHeader, match="at most"):
+        parse_header(huge, whole=False)

@@ -1,4 +1,4 @@
-"""A wall clock that a test sets, for a process and all that it starts (clock.c)."""
+"""A clock that a test sets, and files that hang, for a process and all it starts (clock.c)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class FakeClock:
             pytest.skip(system_packages.reason("gcc"))
         self._library = folder / "clock.so"
         self._added = folder / "clock.added"
+        self._hang = folder / "clock.hang"
         subprocess.run(
             ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-o", self._library, SOURCE], check=True
         )
@@ -29,7 +30,19 @@ class FakeClock:
     @property
     def environment(self) -> dict[str, str]:
         """The variables of a process that believes in it."""
-        return {"LD_PRELOAD": str(self._library), "SMARTPROXY_FAKE_CLOCK": str(self._added)}
+        return {
+            "LD_PRELOAD": str(self._library),
+            "SMARTPROXY_FAKE_CLOCK": str(self._added),
+            "SMARTPROXY_FAKE_HANG": str(self._hang),
+        }
+
+    def hang(self, end: str) -> None:
+        """Let opening a path that ends so hang, until `go_on`."""
+        self._hang.write_text(end)
+
+    def go_on(self) -> None:
+        """Let what hangs go on."""
+        self._hang.unlink()
 
     def set(self, added_s: int) -> None:
         """Set the clock: so many seconds after the true one, or before."""
