@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ def ask_manager(store: Store, state_dir: Path, question: Question) -> Answer:
 
     Raises what it answers with, ManagerDown, ShuttingDown or LoadTimeout.
     """
+    while True:
+        with suppress(_DemandLost):
+            return _ask_once(store, state_dir, question)
+
+
+def _ask_once(store: Store, state_dir: Path, question: Question) -> Answer:
     kind, model_id = question.kind, question.model_id
     worker, now = worker_id(), store.now()
     try:
@@ -53,7 +60,8 @@ def ask_manager(store: Store, state_dir: Path, question: Question) -> Answer:
         send_poke(state_dir, kind.encode())
         return _await(store, worker, demand_id, question)
     finally:
-        demand_rows.withdraw(store, [demand_id])
+        with suppress(StateError):  # not to be said in place of what happened
+            demand_rows.withdraw(store, [demand_id])
 
 
 async def ask_in_loop(broker: Broker, store: Store, live: Live, question: Question) -> Answer:
@@ -61,6 +69,12 @@ async def ask_in_loop(broker: Broker, store: Store, live: Live, question: Questi
 
     Called in the relay loop.
     """
+    while True:
+        with suppress(_DemandLost):
+            return await _ask_once_in_loop(broker, store, live, question)
+
+
+async def _ask_once_in_loop(broker: Broker, store: Store, live: Live, question: Question) -> Answer:
     settings = live.settings
     asked = asyncio.ensure_future(
         broker.write(
@@ -95,10 +109,15 @@ def _await(store: Store, worker: str, demand_id: int, question: Question) -> Ans
     wait, renew_at = _Wait(store, demand_id, question), time.monotonic() + leases.RENEW_S
     while (answer := wait.look()) is None:
         if time.monotonic() > renew_at:
-            leases.renew(store, worker, now=store.now())
+            with suppress(StateError):
+                leases.renew(store, worker, now=store.now())
             renew_at = time.monotonic() + leases.RENEW_S
         time.sleep(LOOK_EVERY_S)
     return answer
+
+
+class _DemandLost(Exception):
+    """The question is gone with the state file that it stood in: ask again."""
 
 
 class _Wait:
@@ -114,28 +133,45 @@ class _Wait:
         self._silent_since: float | None = None
 
     def look(self) -> Answer | None:
-        """Return the answer if it is there. Raises what it says, and what ends the wait."""
-        answer = demand_rows.read_answers(self._store, [self._demand_id]).get(self._demand_id)
-        if answer is not None:
-            if answer.error_code:
-                raise from_code(answer.error_code, answer.message or "")
-            return answer.answer or {}
+        """Return the answer if it is there. Raises what it says, and what ends the wait.
+
+        A state file that is lost, damaged or being made anew is a manager that gives no sign.
+        """
+        try:
+            answer = demand_rows.read_answers(self._store, [self._demand_id]).get(self._demand_id)
+            if answer is not None:
+                if answer.error_code:
+                    raise from_code(answer.error_code, answer.message or "")
+                return answer.answer or {}
+            self._look_at_manager()
+        except StateError:
+            self._store.close()
+            self._note(alive=False)
+        return None
+
+    def _look_at_manager(self) -> None:
         question, now = self._question, time.monotonic()
         if now > self._deadline:
             raise LoadTimeout(
                 f"{question.kind} of '{question.model_id}' was not done after"
                 f" {question.limit_s:.0f} s"
             )
+        if not demand_rows.is_there(self._store, self._demand_id):
+            raise _DemandLost
         view = manager_view(self._store)
         if view.paused_at is not None:
             self._deadline += now - self._looked_at  # the manager loads nothing meanwhile
         self._looked_at = now
         if view.ending():
             raise ShuttingDown("the proxy is being stopped")
-        if view.alive(self._store.now()):
+        self._note(alive=view.alive(self._store.now()))
+
+    def _note(self, *, alive: bool) -> None:
+        """Keep how long the manager has given no sign. Raises ManagerDown."""
+        question, now = self._question, time.monotonic()
+        if alive:
             self._silent_since = None
         elif self._silent_since is None:
             self._silent_since = now
         elif now - self._silent_since > question.patience_s:
             raise ManagerDown(f"the manager does not answer; '{question.kind}' was not done")
-        return None

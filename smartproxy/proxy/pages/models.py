@@ -7,7 +7,7 @@ from typing import Any
 from flask import Blueprint, Response, g, jsonify, request
 
 from smartproxy.catalog.live import Live
-from smartproxy.errors import ModelNotFound, RouteNotFound
+from smartproxy.errors import ManagerDown, ModelNotFound, RouteNotFound, StateError
 from smartproxy.proxy import auth
 from smartproxy.proxy.ask import Question, ask_in_loop
 from smartproxy.proxy.ensure import Broker
@@ -32,7 +32,11 @@ def blueprint(live: Live, store: Store, broker: Broker) -> Blueprint:
         g.role = auth.check(request, live.settings)
 
     def listed(role: auth.Role) -> list[dict[str, Any]]:
-        return [for_role(entry, role) for entry in view.model_list(store, live.catalog)]
+        try:
+            known = view.model_list(store, live.catalog)
+        except StateError as error:
+            raise ManagerDown(f"the state file can't be read: {error}") from None
+        return [for_role(entry, role) for entry in known]
 
     def entry(model_id: str, role: auth.Role) -> dict[str, Any]:
         return next(entry for entry in listed(role) if entry["id"] == model_id)
