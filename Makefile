@@ -1,15 +1,16 @@
-# make run | test | test-fast | setup | lint | gpu-check | soak MINUTES=n |
+# make run | test | test-fast | setup | lint | gpu-check | soak MINUTES=n | simulate SEEDS=n SEED=n |
 # chaos SEED=n MINUTES=n | clean. Everything lands inside this folder.
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MINUTES ?= 3
+SEEDS ?= 1000
 SEED ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: run setup test test-fast test-gunicorns lint gpu-check soak chaos clean
+.PHONY: run setup test test-fast test-gunicorns lint gpu-check soak chaos simulate clean
 
 run: setup
 	exec $(BIN)/smartproxy serve --config config.json --host $(HOST) --port $(PORT)
@@ -67,6 +68,10 @@ soak: setup $(VENV)/.tests
 chaos: setup $(VENV)/.tests
 	mkdir -p .bench
 	$(BIN)/python -m tests.chaos --seed $(SEED) --minutes $(MINUTES) --json .bench/chaos.json
+
+# many seeds of the simulation; with SEED=17 that one alone, and its history
+simulate: $(VENV)/.tests
+	PYTHONHASHSEED=0 $(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
 
 clean:
 	rm -rf $(VENV) .venv-* models state .bench build *.egg-info

@@ -48,6 +48,8 @@ ROUTES_OLD_S = 0.01
 #: how long an idle server's lease is kept before it is given back: sequential requests of one
 #: client then cost no writes, and an eviction waits at most this long for it
 LINGER_S = 0.05
+#: how soon it is tried again to give back a lease or a demand
+WRITE_AGAIN_S = 0.5
 #: a killed manager is back within a second or two, on a crowded machine within twenty: who waits is
 #: not sent away before
 MANAGER_PATIENCE_S = 30.0
@@ -95,6 +97,11 @@ class Broker:
         self._not_leased = Outage(
             logger, what="leases can't be written", over="leases are written again", after_s=0
         )
+        self._not_given_back = Outage(
+            logger, what="leases can't be given back", over="leases are given back", after_s=0
+        )
+        #: what is still to be written, so that it is not collected before
+        self._unwritten: set[asyncio.Task[None]] = set()
 
     async def acquire(self, model_id: str, *, avoid_server_id: int | None = None) -> Lease:
         """Return a hold on a ready server of a model, loading it if need be.
@@ -190,8 +197,11 @@ class Broker:
         del self._leases[server_id]
         del self._in_flight[server_id]
         # the writer is one thread: a new lease on this server can only be written after this
-        self._writer.submit(
-            leases.release_lease, self._store, self._worker, server_id, last_used_at=used_at
+        self._write_in_the_end(
+            lambda: leases.release_lease(
+                self._store, self._worker, server_id, last_used_at=used_at
+            ),
+            needed=lambda: server_id not in self._leases,
         )
 
     def keep_renewing(self) -> None:
@@ -214,6 +224,35 @@ class Broker:
     async def write(self, work: Callable[[], T]) -> T:
         """Run a write in the one thread that writes."""
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
+
+    def _write_in_the_end(self, work: Callable[[], None], needed: Callable[[], bool]) -> None:
+        """Have something written, again and again while that fails and is needed. Never blocks.
+
+        A row that stays would be renewed for ever, and its server, or another model, would wait.
+        """
+        first = asyncio.wrap_future(self._writer.submit(work))
+        task = asyncio.create_task(self._until_written(first, work, needed))
+        self._unwritten.add(task)
+        task.add_done_callback(self._unwritten.discard)
+
+    async def _until_written(
+        self,
+        written: asyncio.Future[None],
+        work: Callable[[], None],
+        needed: Callable[[], bool],
+    ) -> None:
+        while True:
+            try:
+                await written
+            except StateError as error:
+                self._not_given_back.failed(error, time.monotonic())
+            else:
+                self._not_given_back.worked(time.monotonic())
+                return
+            await asyncio.sleep(WRITE_AGAIN_S)
+            if not needed():
+                return
+            written = asyncio.wrap_future(self._writer.submit(work))
 
     def _ready_route(self, model_id: str, avoid_server_id: int | None) -> Route | None:
         if self._generation < 0 or time.monotonic() > self._look_again_at:
@@ -260,7 +299,10 @@ class Broker:
     def withdraw(self, asked: asyncio.Future[int]) -> None:
         """Withdraw the demand that was asked for, if it came to one."""
         if not asked.cancelled() and asked.exception() is None:
-            self._writer.submit(demand_rows.withdraw, self._store, [asked.result()])
+            demand_ids = [asked.result()]
+            self._write_in_the_end(
+                lambda: demand_rows.withdraw(self._store, demand_ids), needed=lambda: True
+            )
 
     async def _ask(self, model_id: str) -> int:
         """Insert the demand and wake the manager; a file that is not there yet is its to make."""

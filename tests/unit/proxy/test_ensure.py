@@ -102,6 +102,40 @@ def test_a_ready_server_is_used_also_when_no_lease_can_be_written(
     asyncio.run(story())
 
 
+def test_what_could_not_be_given_back_is_given_back_later(tmp_path: Path, store: Store) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"models": {"m": fake_model()}}))
+    server_id = ready_server(store)
+    broker = Broker(store, Live(load_settings(path)))
+
+    async def story() -> None:
+        lease = await broker.acquire("m")
+        waiting = asyncio.create_task(broker.acquire("unknown"))
+        with contextlib.closing(sqlite3.connect(store.path)) as other:
+            async with asyncio.timeout(30):
+                while not left(store):
+                    await asyncio.sleep(0.005)
+            for name, event in (("a", "UPDATE ON leases"), ("b", "DELETE ON demands")):
+                other.execute(
+                    f"CREATE TRIGGER {name} BEFORE {event}"
+                    " BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+                )
+            other.commit()
+            waiting.cancel()
+            broker.release(lease)
+            async with asyncio.timeout(30):  # both were tried
+                while len(broker._unwritten) < 2:
+                    await asyncio.sleep(0.005)
+            other.execute("DROP TRIGGER a")
+            other.execute("DROP TRIGGER b")
+            other.commit()
+        async with asyncio.timeout(30):
+            while in_flight(store, server_id) or left(store):
+                await asyncio.sleep(0.005)
+
+    asyncio.run(story())
+
+
 def ready_server(store: Store) -> int:
     """Write a server of model m that is ready; returns its id."""
     new = NewServer(
