@@ -19,7 +19,7 @@ from tests.chaos.client import ask, request
 from tests.chaos.judge import OK, judge
 from tests.chaos.machine import Machine
 
-SETTLE_S = 15.0
+SETTLE_S = 60.0
 LOOK_EVERY_S = 0.05
 #: a process may have so many more than at its first audit: pools and caches that fill
 MORE_DESCRIPTORS, MORE_THREADS = 60, 140

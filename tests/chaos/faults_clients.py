@@ -171,7 +171,7 @@ def _all_served(scene: Scene) -> None:
     ):
         scene.judged(kind, "", payload, "ok")
     took_s = time.monotonic() - began
-    scene.expect(took_s < 20, f"six requests beside slow clients took {took_s:.0f} s")
+    scene.expect(took_s < 60, f"six requests beside slow clients took {took_s:.0f} s")
 
 
 @fault("150 clients pause in the middle of a body")

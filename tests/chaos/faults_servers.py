@@ -250,8 +250,16 @@ def error_mid_stream(scene: Scene) -> Faulty:
 @fault("a server sends what is not HTTP", SERVER_DIED)
 def sends_garbage(scene: Scene) -> Faulty:
     scene.warm("bad-answers")
-    for text in ("garbage", "early", "length"):
+    for text in ("garbage", "early"):
         scene.judged("plain", "bad-answers", chat("bad-answers", broken=text), "backend_failed")
+    yield
+
+
+@fault("a server sends less than it says", Failure.TORN)
+def sends_less(scene: Scene) -> Faulty:
+    """Its head is on the way already: only a cut tells the client that this is not all."""
+    scene.warm("bad-answers")
+    scene.judged("plain", "bad-answers", chat("bad-answers", broken="length"), Failure.TORN)
     yield
 
 

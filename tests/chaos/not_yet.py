@@ -7,7 +7,4 @@ from __future__ import annotations
 
 NOT_YET: dict[str, str] = {
     "the write-ahead log is removed": "F5",
-    "pages of the state file are damaged in place": "F5",
-    "serve and the manager are killed": "F17",
-    "a server is killed while it loads": "F18",
 }
