@@ -322,6 +322,7 @@ def _tell_waiting(store: Store, until: float) -> None:
 
 def _lost(store: Store) -> str | None:
     """Return why the state file must be made anew; one that is damaged is moved out of the way."""
+    store.look_beside()
     if store.damage:
         return f"is damaged ({store.damage}) and was set aside as {migrate.set_aside(store.path)}"
     try:

@@ -140,6 +140,19 @@ class Store:
                 found = _without_tables(connection)
         self.damage = found or self.damage
 
+    def look_beside(self) -> None:
+        """Set `damage` if the log or its index was removed while this process has it open.
+
+        Whoever opens the state file then makes another, and sees half of what is there. Only for
+        the manager: it ends when the state file is another, so none of an earlier one is open.
+        """
+        for suffix in ("-wal", "-shm"):
+            gone = f"{self.path.resolve()}{suffix} (deleted)"
+            for descriptor in os.listdir("/proc/self/fd"):
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    if os.readlink(f"/proc/self/fd/{descriptor}") == gone:
+                        self.damage = f"{self.path.name}{suffix} was removed while in use"
+
     def read(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Row]:
         """Return all rows of one SELECT. Raises StateError, as all of the store's methods do."""
         with self._our_errors():

@@ -86,3 +86,15 @@ def test_a_file_that_is_none_of_ours_is_not_kept_open(tmp_path: Path) -> None:
             broken.read("SELECT * FROM manager")
         broken.close()
     assert descriptors(broken) == 0
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_a_log_that_is_removed_while_in_use_is_damage(store: Store, suffix: str) -> None:
+    """Found by chaos: who opened the file afterwards got "disk I/O error" for good."""
+    with store.write() as connection:
+        connection.execute("UPDATE manager SET pid = 1")
+    store.look_beside()
+    assert store.damage is None
+    store.path.with_name(store.path.name + suffix).unlink()
+    store.look_beside()
+    assert store.damage == f"state.db{suffix} was removed while in use"
