@@ -40,8 +40,10 @@ class Moves:
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
         try:
+            # not wait_for: Python 3.11's forgets a cancellation that comes with the result
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(waiter, within_s)
+                async with asyncio.timeout(within_s):
+                    await waiter
         finally:
             self._waiters.discard(waiter)
 

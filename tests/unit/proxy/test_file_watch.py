@@ -90,3 +90,16 @@ def test_who_stops_waiting_leaves_the_others_waiting(path: Path) -> None:
             await stays
 
     run(path, story)
+
+
+def test_a_client_that_goes_as_the_file_moves_is_not_forgotten(path: Path) -> None:
+    async def story(moves: Moves) -> None:
+        waiting = asyncio.create_task(moves.after(moves.version(), within_s=LONG_S))
+        await asyncio.sleep(0)
+        (waiter,) = moves._waiters
+        waiter.set_result(None)  # the file moved, and in the same turn of the loop
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    run(path, story)
