@@ -77,7 +77,7 @@ async def ask_in_loop(broker: Broker, store: Store, live: Live, question: Questi
 async def _ask_once_in_loop(broker: Broker, store: Store, live: Live, question: Question) -> Answer:
     settings = live.settings
     asked = asyncio.ensure_future(
-        broker.write(
+        broker.writer.write(
             lambda: demand_rows.ask(
                 store,
                 question.kind,
@@ -96,7 +96,7 @@ async def _ask_once_in_loop(broker: Broker, store: Store, live: Live, question: 
         except StateError as error:
             raise ManagerDown(f"the state file can't be written: {error}") from None
         send_poke(settings.state_dir, question.kind.encode())
-        broker.keep_renewing()
+        broker.held.keep_renewing()
         wait = _Wait(store, demand_id, question)
         while (answer := wait.look()) is None:
             await asyncio.sleep(LOOK_EVERY_S)

@@ -11,17 +11,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from smartproxy.manager import tick
-from smartproxy.proxy.ensure import Broker
+from smartproxy.proxy.held import Held
+from smartproxy.proxy.writer import Writer
 
 
-async def _take_that_forgets(self: Broker, server_id: int) -> bool:
+async def _take_that_forgets(self: Held, server_id: int) -> bool:
     """F1: a client that leaves as its lease is written has the worker forget the lease."""
     self._in_flight[server_id] += 1
     writing = self._leases.get(server_id)
     if writing is None:
         writing = asyncio.create_task(self._write_lease(server_id))
         self._leases[server_id] = writing
-        self._keep_renewing()
+        self.keep_renewing()
     taken = False
     try:
         taken = await asyncio.shield(writing)
@@ -39,16 +40,16 @@ def _carry_nothing_on(_loading: object) -> None:
     """F2: nobody looks after a row whose thread ended with an error."""
 
 
-def _write_once(self: Broker, work: Callable[[], None], needed: Callable[[], bool]) -> None:
+def _write_once(self: Writer, work: Callable[[], None], needed: Callable[[], bool]) -> None:
     """F27: a lease or a demand whose giving back fails once stays for ever."""
-    self._writer.submit(work)
+    self.submit(work)
 
 
 #: by the name of the fault: whose attribute, its name, what it was
 OLD: dict[str, tuple[Any, str, Any]] = {
-    "F1": (Broker, "_take", _take_that_forgets),
+    "F1": (Held, "take", _take_that_forgets),
     "F2": (tick, "carry_on", _carry_nothing_on),
-    "F27": (Broker, "_write_in_the_end", _write_once),
+    "F27": (Writer, "in_the_end", _write_once),
 }
 
 

@@ -121,8 +121,8 @@ def left(story: Story) -> list[str]:
         for row in read("SELECT * FROM demands WHERE kind = 'load'")
     ]
     for worker in story.workers:
-        if worker.broker is not None and worker.broker._leases:
-            found.append(f"{worker.name} remembers leases on {sorted(worker.broker._leases)}")
+        if worker.broker is not None and worker.broker.held.leases:
+            found.append(f"{worker.name} remembers leases on {sorted(worker.broker.held.leases)}")
     return found
 
 

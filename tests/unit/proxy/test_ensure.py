@@ -65,7 +65,7 @@ def test_a_client_that_goes_when_its_lease_is_written_leaves_none(
         for waits in range(6):  # it goes at each moment around the end of the write
             asking = asyncio.create_task(broker.acquire("m"))
             async with asyncio.timeout(30):
-                while not any(writing.done() for writing in broker._leases.values()):
+                while not any(writing.done() for writing in broker.held.leases.values()):
                     await asyncio.sleep(0)
             for _ in range(waits):
                 await asyncio.sleep(0)
@@ -73,7 +73,7 @@ def test_a_client_that_goes_when_its_lease_is_written_leaves_none(
             with contextlib.suppress(asyncio.CancelledError):
                 broker.release(await asking)
             async with asyncio.timeout(30):
-                while in_flight(store, server_id) or broker._leases:
+                while in_flight(store, server_id) or broker.held.leases:
                     await asyncio.sleep(0.005)
 
     asyncio.run(story())
@@ -124,7 +124,7 @@ def test_what_could_not_be_given_back_is_given_back_later(tmp_path: Path, store:
             waiting.cancel()
             broker.release(lease)
             async with asyncio.timeout(30):  # both were tried
-                while len(broker._unwritten) < 2:
+                while broker.writer.unwritten < 2:
                     await asyncio.sleep(0.005)
             other.execute("DROP TRIGGER a")
             other.execute("DROP TRIGGER b")
