@@ -9,6 +9,7 @@ place. The docstring of a class says when it is raised. Status and code of each:
     |-- InvalidApiKey         401  invalid_api_key
     |-- HostNotAllowed        403  host_not_allowed
     |-- OriginNotAllowed      403  origin_not_allowed
+    |-- ModelNotAllowed       403  model_not_allowed
     |-- ModelNotFound         404  model_not_found
     |-- RouteNotFound         404  not_found
     |-- BadRequest            400  bad_request
@@ -16,6 +17,7 @@ place. The docstring of a class says when it is raised. Status and code of each:
     |-- RequestTooLarge       413  request_too_large
     |-- HeadTooLarge          431  request_too_large
     |-- QueueFull             429  queue_full
+    |-- RateLimitExceeded     429  rate_limit_exceeded
     |-- UpstreamError         502  backend_failed
     |-- NoFit                 503  insufficient_gpu_memory
     |-- GpuMemoryBusy         503  gpu_memory_busy
@@ -81,6 +83,12 @@ class OriginNotAllowed(SmartProxyError):
     http_status, code, type = 403, "origin_not_allowed", "permission_error"
 
 
+class ModelNotAllowed(SmartProxyError):
+    """The API key must not use this model (`models` of the key)."""
+
+    http_status, code, type, param = 403, "model_not_allowed", "permission_error", "model"
+
+
 class ModelNotFound(SmartProxyError):
     """The named model is not in the catalogue."""
 
@@ -121,6 +129,12 @@ class QueueFull(SmartProxyError):
     """More than `max_queue` requests already wait for a load."""
 
     http_status, code, type, retry_after_s = 429, "queue_full", "rate_limit_error", 5
+
+
+class RateLimitExceeded(SmartProxyError):
+    """The API key has `max_in_flight` requests open already."""
+
+    http_status, code, type, retry_after_s = 429, "rate_limit_exceeded", "rate_limit_error", 1
 
 
 class UpstreamError(SmartProxyError):

@@ -10,7 +10,7 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,6 +88,8 @@ class Catalog:
     names: Mapping[str, str]
     #: user/repo:variant, the variant case-folded -> id
     repo_names: Mapping[str, str]
+    #: the names of keys that are limited to some models -> ids of those
+    models_of_keys: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def resolve(self, name: str) -> ModelSpec:
         """Return the model of this name; raises ModelNotFound with the nearest names."""
@@ -135,7 +137,7 @@ def build_catalog(settings: Settings) -> Catalog:
     """Return every model there is; reads the folders that the settings name.
 
     A model whose files are missing is in it, with its problem. Raises ConfigError if
-    default_model names none.
+    default_model or a key's `models` names none.
     """
     specs = [_listed(settings, model_id) for model_id in settings.models]
     warnings: list[str] = []
@@ -153,7 +155,23 @@ def build_catalog(settings: Settings) -> Catalog:
         names={name: spec.id for spec in specs for name in (spec.id, *spec.aliases)},
         repo_names=_repo_names(specs),
     )
+    catalog = replace(catalog, models_of_keys=_models_of_keys(catalog, settings))
     return catalog if settings.default_model is None else _with_default(catalog, settings)
+
+
+def _models_of_keys(catalog: Catalog, settings: Settings) -> dict[str, frozenset[str]]:
+    found = {}
+    for key in (*settings.api_keys, *settings.admin_keys):
+        if key.models is None:
+            continue
+        try:
+            ids = frozenset(catalog.resolve(name).id for name in key.models)
+        except ModelNotFound as error:
+            raise ConfigError(
+                f'{settings.config_path}: models of the API key "{key.name}": {error}'
+            ) from None
+        found[key.name or ""] = ids
+    return found
 
 
 def _with_default(catalog: Catalog, settings: Settings) -> Catalog:

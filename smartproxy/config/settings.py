@@ -7,15 +7,16 @@ errors are made from what stands here.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from smartproxy.config.keys import KeySettings, keys_problem
 from smartproxy.config.known_holes import dangerous_args
 from smartproxy.config.server_args import args_problem, env_problem
 from smartproxy.config.values import (
-    ApiKey,
     CacheBits,
     CacheType,
     ContextSize,
@@ -257,9 +258,10 @@ class Settings(_Section):
     signs of life."""
     max_body_mb: int = Field(64, ge=1, le=65_536)
     """Largest request body in MB (2^20 bytes). A larger one is answered with 413."""
-    api_keys: tuple[ApiKey, ...] = Field((), repr=False)
-    """Keys of clients (`Authorization: Bearer ...`). Without them, no key is needed."""
-    admin_keys: tuple[ApiKey, ...] = Field((), repr=False)
+    api_keys: tuple[KeySettings, ...] = Field((), repr=False)
+    """Keys of clients (`Authorization: Bearer ...`), as text or with limits
+    (`{"name", "key", "models", "max_in_flight"}`). Without them, no key is needed."""
+    admin_keys: tuple[KeySettings, ...] = Field((), repr=False)
     """Keys for `/api/`. Without them, all who may use the models may use it."""
     open_to_network: bool = False
     """Listen on an address that others can reach also without `api_keys`: then everybody on the
@@ -309,6 +311,18 @@ class Settings(_Section):
         if problem:
             raise ValueError(f"port: {problem}")
         return self
+
+    @model_validator(mode="after")
+    def _keys_are_told_apart(self) -> Self:
+        if problem := keys_problem((*self.api_keys, *self.admin_keys)):
+            raise ValueError(f"api_keys, admin_keys: {problem}")
+        return self
+
+    @cached_property
+    def named_keys(self) -> dict[str, KeySettings]:
+        """The keys with a name by their text: a request's, once it is known to be one of ours."""
+        keys = (*self.api_keys, *self.admin_keys)
+        return {key.key: key for key in keys if key.name is not None}
 
     def dangers(self) -> tuple[str, ...]:
         """Return one line for each thing that the start must say: who may do more than expected."""

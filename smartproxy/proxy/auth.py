@@ -13,8 +13,10 @@ from enum import IntEnum
 
 from flask import Request
 
+from smartproxy.catalog.catalog import Catalog
+from smartproxy.config.keys import KeySettings
 from smartproxy.config.settings import Settings
-from smartproxy.errors import InvalidApiKey
+from smartproxy.errors import InvalidApiKey, ModelNotAllowed
 
 #: what monitoring polls, and what describes the API, needs no key
 PUBLIC_PATHS = frozenset({"/health", "/openapi.json"})
@@ -61,7 +63,9 @@ def require(least: Role, header: Header, settings: Settings) -> Role:
     if given is None:
         raise InvalidApiKey("no API key: send `Authorization: Bearer KEY`")
     if role is Role.CLIENT or _known(given, settings.api_keys):
-        raise InvalidApiKey("this API key is not valid here: it wants one of admin_keys")
+        named = settings.named_keys.get(given)
+        which = f'the API key "{named.name}"' if named else "this API key"
+        raise InvalidApiKey(f"{which} is not valid here: it wants one of admin_keys")
     raise InvalidApiKey("this API key is not valid here")
 
 
@@ -75,10 +79,34 @@ def role_of(given: str | None, settings: Settings) -> Role:
     return Role.CLIENT if is_client or not settings.api_keys else Role.STRANGER
 
 
-def _known(given: str | None, keys: Iterable[str]) -> bool:
+def named_key(header: Header, settings: Settings) -> KeySettings | None:
+    """Return the key of who was let in before, where it has a name and so may have limits."""
+    if not settings.named_keys:
+        return None
+    return settings.named_keys.get(presented_key(header) or "")
+
+
+def check_model(key: KeySettings | None, model_id: str, catalog: Catalog) -> None:
+    """Raise ModelNotAllowed unless a key may use a model."""
+    if key is None or key.models is None or may_use(key, model_id, catalog):
+        return
+    raise ModelNotAllowed(
+        f'the API key "{key.name}" may not use the model "{model_id}"; it may use:'
+        f" {', '.join(key.models)}"
+    )
+
+
+def may_use(key: KeySettings | None, model_id: str, catalog: Catalog) -> bool:
+    """Return whether a key may use a model; None: who has no limits."""
+    if key is None or key.models is None:
+        return True
+    return model_id in catalog.models_of_keys.get(key.name or "", ())
+
+
+def _known(given: str | None, keys: Iterable[KeySettings]) -> bool:
     # every key is compared in constant time, so that answers tell nothing about them
     sent = (given or "").encode()
-    return any([hmac.compare_digest(sent, key.encode()) for key in keys]) and bool(sent)
+    return any([hmac.compare_digest(sent, key.key.encode()) for key in keys]) and bool(sent)
 
 
 def changes_server(method: str, path: str, query: str) -> bool:

@@ -24,6 +24,7 @@ from smartproxy.proxy import auth
 from smartproxy.proxy.auth import Role
 from smartproxy.proxy.browsers import Browsers
 from smartproxy.proxy.fields import Body, Fields, form_fields, json_fields
+from smartproxy.proxy.permits import permit_of
 from smartproxy.proxy.relay.upstream import Job
 from smartproxy.proxy.wire.heads import header
 
@@ -98,7 +99,7 @@ def job_for(
     """Return what the relay is to do for a request.
 
     Raises HostNotAllowed, OriginNotAllowed, RequestTooLarge, InvalidApiKey, InvalidJson,
-    BadRequest, ModelRequired, ModelNotFound or RouteNotFound.
+    BadRequest, ModelRequired, ModelNotFound, ModelNotAllowed or RouteNotFound.
     """
     settings, catalog = configuration.settings, configuration.catalog
     role = check_head(incoming, len(incoming.body), settings, browsers)
@@ -110,6 +111,8 @@ def job_for(
         spec, target = named_model(catalog, incoming, fields), incoming.target
     if not incoming.for_inference and changes_server(incoming.method, target):
         auth.require(Role.ADMIN, incoming.field, settings)
+    key = auth.named_key(incoming.field, settings)
+    auth.check_model(key, spec.id, catalog)
     return Job(
         model_id=spec.id,
         method=incoming.method,
@@ -122,6 +125,7 @@ def job_for(
         on_settled=on_settled,
         discreet=role < Role.ADMIN,
         reader=browsers.reader(incoming.field("Origin"), incoming.path),
+        permit=permit_of(key),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from flask import Blueprint, Response, g, jsonify, request
 
+from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.catalog.live import Live
 from smartproxy.errors import ManagerDown, ModelNotFound, RouteNotFound, StateError
 from smartproxy.proxy import auth
@@ -30,6 +31,15 @@ def blueprint(live: Live, store: Store, broker: Broker) -> Blueprint:
     @operations.before_request
     def check_key() -> None:
         g.role = auth.check(request, live.settings)
+        g.key = auth.named_key(request.headers.get, live.settings)
+
+    def found(rest: str) -> tuple[ModelSpec, str]:
+        """Return the model that a path names, if the key may use it, and what follows."""
+        spec_and_verb = live.catalog.split_path(rest)
+        if spec_and_verb is None:
+            raise ModelNotFound(f"no model's id starts '{rest[:200]}'")
+        auth.check_model(g.key, spec_and_verb[0].id, live.catalog)
+        return spec_and_verb
 
     def listed(role: auth.Role) -> list[dict[str, Any]]:
         try:
@@ -44,19 +54,21 @@ def blueprint(live: Live, store: Store, broker: Broker) -> Blueprint:
     @operations.get("/v1/models")
     @operations.get("/models")
     def models() -> Response:
-        return jsonify({"object": "list", "data": listed(g.role)})
+        catalog = live.catalog
+        data = [each for each in listed(g.role) if auth.may_use(g.key, each["id"], catalog)]
+        return jsonify({"object": "list", "data": data})
 
     @operations.get("/v1/models/<path:name>")
     @operations.get("/models/<path:name>")
     def model(name: str) -> Response:
-        return jsonify(entry(live.catalog.resolve(name).id, g.role))
+        catalog = live.catalog
+        model_id = catalog.resolve(name).id
+        auth.check_model(g.key, model_id, catalog)
+        return jsonify(entry(model_id, g.role))
 
     @operations.post("/api/models/<path:rest>")
     def act(rest: str) -> Response:
-        found = live.catalog.split_path(rest)
-        if found is None:
-            raise ModelNotFound(f"no model's id starts '{rest[:200]}'")
-        spec, verb = found
+        spec, verb = found(rest)
         if verb not in ("load", "unload"):
             raise RouteNotFound(f"no operation POST '{verb}'; there are load and unload")
         limit_s = live.settings.longest_wait_s(spec.id)
@@ -71,10 +83,7 @@ def blueprint(live: Live, store: Store, broker: Broker) -> Blueprint:
 
     @operations.get("/api/models/<path:rest>")
     def tell(rest: str) -> Response:
-        found = live.catalog.split_path(rest)
-        if found is None:
-            raise ModelNotFound(f"no model's id starts '{rest[:200]}'")
-        spec, verb = found
+        spec, verb = found(rest)
         if verb != "plan":
             raise RouteNotFound(f"no operation GET '{verb}'; there is plan")
         question = Question(kind="plan", model_id=spec.id, limit_s=PLAN_LIMIT_S)

@@ -157,6 +157,10 @@ class Request:
             self._task.cancel()
 
     async def _answer(self) -> None:
+        if self.job.permit:
+            self.job.permit.take()
+            # nginx would not tell us when the request ends
+            self.delivery = Delivery(failed_server_id=self.delivery.failed_server_id)
         avoid_server_id = self.delivery.failed_server_id
         attempts = 2 if avoid_server_id is None else 1
         for attempts_left in reversed(range(attempts)):
@@ -210,6 +214,8 @@ class Request:
         loop.call_later(nginx.HOLD_S, self.broker.release, lease)
 
     def _settle(self, task: asyncio.Task[None]) -> None:
+        if self.job.permit:
+            self.job.permit.give_back()
         self._end_client(task)
         if self.job.on_settled:
             status = None if self._left_to_nginx else self.client.sent_status

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import orjson
 
@@ -41,6 +42,16 @@ class ClientStalled(Exception):
     """The client has taken nothing for as long as a server may say nothing."""
 
 
+class Permit(Protocol):
+    """One of a bounded number of requests. Both are called in the loop thread."""
+
+    def take(self) -> None:
+        """Begin. Raises RateLimitExceeded where none is left."""
+
+    def give_back(self) -> None:
+        """End; without having begun, nothing happens."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Job:
     """One request to relay, its body complete. Only the body changes, by `forget_body`."""
@@ -66,6 +77,8 @@ class Job:
     discreet: bool = False
     #: told when nobody needs the body any more
     on_body_done: Callable[[], None] | None = None
+    #: who asks may have only so many requests open
+    permit: Permit | None = None
 
     def forget_body(self) -> None:
         """Let go of a body that can't be sent again: an answer has begun, and may take minutes."""
