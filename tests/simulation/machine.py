@@ -268,6 +268,9 @@ class Machine:
     def bindable(self, port: int) -> bool:
         return port not in self.strangers_ports and port not in self.ports()
 
+    def listens(self, pid: int, port: int) -> bool:
+        return pid in self.servers and self.on_port(port) is self.servers[pid]
+
     def worker_alive(self, name: str) -> bool:
         return name in self.workers
 

@@ -10,11 +10,12 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
@@ -22,9 +23,9 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from smartproxy import lifetime
 from smartproxy.gpus.nvml import GpuObserver
-from smartproxy.llama import http, process
+from smartproxy.llama import http, listeners, process
 from smartproxy.manager import __main__ as manager_main
-from smartproxy.manager import bring_up
+from smartproxy.manager import bring_up, context
 from smartproxy.memory import estimate
 from smartproxy.model_file import metadata
 from smartproxy.proxy import ensure
@@ -120,6 +121,37 @@ class Threads:
 
     def __exit__(self, *_: object) -> None:
         """Nothing is left to wait for."""
+
+
+class Thread:
+    """In the place of threading.Thread: a task of the process that starts it."""
+
+    def __init__(self, *, target: Callable[..., object], args: Any, name: str, daemon: bool):
+        self._name, self._work = name, partial(target, *args)
+
+    def start(self) -> None:
+        process = Now.scheduler.current.process
+        Now.scheduler.spawn(f"{process.name} {self._name}", process, self._work)
+
+
+class Condition:
+    """In the place of threading.Condition. Nobody gives way while he holds one."""
+
+    def __init__(self) -> None:
+        self._told = Event(Now.scheduler)
+
+    def __enter__(self) -> Condition:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """There is nothing to unlock."""
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        return self._told.wait(timeout_s)
+
+    def notify_all(self) -> None:
+        self._told.set()
+        self._told = Event(Now.scheduler)
 
 
 class Jobs:
@@ -248,6 +280,7 @@ def _replacements() -> dict[Any, Any]:
         lifetime.worker_id: lambda: Now.machine.worker_id(),
         lifetime.worker_alive: lambda name: Now.machine.worker_alive(name),
         lifetime.owned_processes: lambda owner: Now.machine.owned_processes(owner),
+        listeners.listens: lambda *which: Now.machine.listens(*which),
         http.healthy: lambda *which: Now.machine.healthy(*which),
         http.slots_busy: lambda *which: Now.machine.slots_busy(*which),
         http.counters: lambda *which: Now.machine.counters(*which),
@@ -300,6 +333,7 @@ def replaced() -> Iterator[None]:
     killpg = lambda *which: Now.machine.killpg(*which)  # noqa: E731
     put(process, "subprocess", Module(subprocess, Popen=popen))
     put(process, "os", Module(os, killpg=killpg))
+    put(context, "threading", Module(threading, Thread=Thread, Condition=Condition))
     put(store, "sqlite3", Sqlite())
     put(store, "os", Os())
     put(store, "threading", Module(store.threading, local=TaskLocal))
