@@ -24,9 +24,9 @@ from smartproxy.errors import (
     from_code,
 )
 from smartproxy.lifetime import worker_id
+from smartproxy.log import Outage
 from smartproxy.proxy.file_watch import Moves
 from smartproxy.proxy.held import Held
-from smartproxy.proxy.outage import Outage
 from smartproxy.proxy.relay.relay import Lease
 from smartproxy.proxy.writer import Writer
 from smartproxy.state import demands as demand_rows

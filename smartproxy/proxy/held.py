@@ -12,7 +12,7 @@ import time
 from collections import Counter
 
 from smartproxy.errors import StateError
-from smartproxy.proxy.outage import Outage
+from smartproxy.log import Outage
 from smartproxy.proxy.writer import Writer
 from smartproxy.state import leases
 from smartproxy.state.store import Store

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from smartproxy.errors import StateError
-from smartproxy.proxy.outage import Outage
+from smartproxy.log import Outage
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -83,7 +83,7 @@ ROWS = {
         "types errors entities lifetime config catalog gpus state proxy proxy/relay proxy/wire",
         "flask prometheus_client tabulate yaml",
     ),
-    "proxy/worker": row("errors proxy proxy/wire proxy/relay", "gunicorn"),
+    "proxy/worker": row("errors log proxy proxy/wire proxy/relay", "gunicorn"),
     "proxy": row(
         "errors log lifetime signs config catalog state proxy/wire proxy/relay proxy/pages"
         " proxy/worker",

@@ -20,7 +20,7 @@ from typing import Any
 from gunicorn.errors import ConfigError
 
 from smartproxy.errors import SmartProxyError
-from smartproxy.proxy.outage import Outage
+from smartproxy.log import Outage
 from smartproxy.proxy.relay import nginx, relay
 from smartproxy.proxy.relay.relay import HandedOver, Request
 from smartproxy.proxy.relay.socket_client import SocketClient

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from smartproxy.proxy.outage import Outage
+from smartproxy.log import Outage
 
 ERROR = OSError("no such file")
 
