@@ -72,8 +72,16 @@ def start_ticks(pid: int) -> int | None:
     the clock as it stands. Source: proc_pid_stat(5), fields 3 and 22.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return _ticks(pid)
     except OSError:
+        return None
+
+
+def _ticks(pid: int) -> int | None:
+    """As start_ticks. Raises OSError where it can't be looked at: no descriptors are left."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
         return None
     # the name in parentheses may hold anything, parentheses too
     fields = stat.rpartition(b")")[2].split()
@@ -81,8 +89,25 @@ def start_ticks(pid: int) -> int | None:
 
 
 def same_process(pid: int | None, ticks: int | None) -> bool:
-    """Return whether this very process still lives."""
-    return pid is not None and ticks is not None and start_ticks(pid) == ticks
+    """Return whether this very process still lives; of one that can't be looked at, whether its pid
+    does: taken for dead, a server would stay for ever with its memory, and nobody's."""
+    if pid is None or ticks is None:
+        return False
+    try:
+        return _ticks(pid) == ticks
+    except OSError:
+        return _exists(pid)
+
+
+def _exists(pid: int) -> bool:
+    """Return whether a process has this pid; needs no descriptor, unlike psutil's."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def worker_id() -> str:
