@@ -17,7 +17,8 @@ class Moves:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._waiters: set[asyncio.Future[None]] = set()
+        #: a dict for its order: who waits longest is woken first
+        self._waiters: dict[asyncio.Future[None], None] = {}
         self._looking: asyncio.Task[None] | None = None
         self._seen = -1
 
@@ -36,7 +37,7 @@ class Moves:
             await asyncio.sleep(LOOK_EVERY_S)
             return
         waiter = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
         try:
@@ -45,7 +46,7 @@ class Moves:
                 async with asyncio.timeout(within_s):
                     await waiter
         finally:
-            self._waiters.discard(waiter)
+            self._waiters.pop(waiter, None)
 
     async def _look(self) -> None:
         """Wake everybody at every move, until nobody waits."""

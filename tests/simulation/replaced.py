@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -357,7 +358,8 @@ class History(logging.Handler):
     """Puts what our modules log into the history."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        # what differs from one run to the next says nothing of the seed
+        text = re.sub(r" at 0x[0-9a-f]+|/\S*smartproxy-simulation-[^/]+", "", record.getMessage())
         if record.exc_info:
             text += f" {record.exc_info[1]!r}"
         Now.scheduler.note("%s", text)
