@@ -19,6 +19,8 @@ def bring(story: Story, faults: Sequence[Callable[[Story], None]]) -> None:
     chance = story.chance
     for _ in range(chance.choice((1, 2, 2, 3, 4)) if faults else 0):
         story.scheduler.sleep(chance.uniform(0.0, 1.0))
+        if story.healed:
+            return
         fault = chance.choice(faults)
         story.scheduler.note("FAULT: %s", fault.__name__)
         fault(story)

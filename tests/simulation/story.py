@@ -85,6 +85,8 @@ class Story:
         self.workers: list[WorkerProcess] = []
         self.clients: list[SimulatedClient] = []
         self.lives = 0
+        #: faults come no more
+        self.healed = False
         self.store: Store | None = None
         self.weather.committed = rules.Promises(self).check
 
@@ -161,6 +163,7 @@ class Story:
 
     def _heal(self) -> None:
         self.scheduler.note("faults stop")
+        self.healed = True
         self.weather.clear()
         machine = self.machine
         machine.manners, machine.silent_share = GOOD, 0.0
