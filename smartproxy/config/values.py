@@ -46,17 +46,22 @@ def check_model_name(name: str) -> str:
     return name
 
 
+def _quoted(value: int | str) -> str:
+    """Return a value as JSON, its first 100 characters if it is longer."""
+    return json.dumps(value if isinstance(value, int) else value[:100], ensure_ascii=False)
+
+
 def _repo(repo: str) -> str:
     if not REPO_PATTERN.fullmatch(repo):
-        raise ValueError(f'got "{repo}", must be "user/name" (what follows a ":" is the variant)')
+        raise ValueError(
+            f'got {_quoted(repo)}, must be "user/name" (what follows a ":" is the variant)'
+        )
     return repo
 
 
 def _gpu_name(gpu: int | str) -> int | str:
     if gpu < 0 if isinstance(gpu, int) else not GPU_UUID_PATTERN.fullmatch(gpu):
-        raise ValueError(
-            f'got {json.dumps(gpu)}, must be a GPU number or a uuid such as "GPU-8f2a"'
-        )
+        raise ValueError(f'got {_quoted(gpu)}, must be a GPU number or a uuid such as "GPU-8f2a"')
     return gpu
 
 
@@ -69,7 +74,7 @@ def _api_key(key: str) -> str:
 def _host_name(name: str) -> str:
     if not HOST_PATTERN.fullmatch(name):
         raise ValueError(
-            f'got {json.dumps(name)}, must be a name such as "gpu.example" or "*.example", without'
+            f'got {_quoted(name)}, must be a name such as "gpu.example" or "*.example", without'
             " scheme and port"
         )
     return name.lower().removesuffix(".")
@@ -78,7 +83,7 @@ def _host_name(name: str) -> str:
 def _origin(origin: str) -> str:
     if origin != "*" and not ORIGIN_PATTERN.fullmatch(origin):
         raise ValueError(
-            f'got {json.dumps(origin)}, must be "*" or a scheme, a host and a port if it is not the'
+            f'got {_quoted(origin)}, must be "*" or a scheme, a host and a port if it is not the'
             ' usual one, such as "https://chat.example"'
         )
     return origin.lower()
