@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from smartproxy.state import demands as demand_rows
 from smartproxy.state import migrate
 from smartproxy.state import servers as server_rows
 from smartproxy.state.server_row import LiveServer
+from smartproxy.state.store import Store
 from tests.support.running import Proxy, fake_model, wait_until
 
 
@@ -29,21 +30,30 @@ def manager_of(
     threads: ThreadPoolExecutor,
     *,
     models: Mapping[str, Any] | None = None,
+    store: Callable[[Path], Store] = Store,
     **settings_: Any,
 ) -> Manager:
-    """Return a manager of these models; without, of one that is called m."""
+    """Return a manager of these models; without, of one that is called m.
+
+    store: opens the state file, once it is made.
+    """
     models = models or {"m": fake_model()}
     settings = load_settings(Proxy(folder, models, **settings_).config_path)
     path, library_dir = binary.find(settings.llama_server, os.environ.get("PATH"))
     state, _ = migrate.create(settings.state_dir / "state.db")
     tools = Tools(
         live=Live(settings),
-        store=state,
+        store=store(state.path),
         binary=binary.inspect(path, library_dir, os.environ),
         threads=threads,
         poke=lambda: None,
         stopping=threading.Event(),
     )
+    return without_look(tools)
+
+
+def without_look(tools: Tools) -> Manager:
+    """Return a manager that begins anew, on a machine without GPUs."""
     manager = make_manager(tools)
     manager.loading.view.seen = GpuSnapshot(gpus=(), observed_at=time.time(), reason="none here")
     return manager
