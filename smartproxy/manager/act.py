@@ -23,8 +23,7 @@ from smartproxy.manager.bring_down import (
     begin_drain,
     notice_exits,
     on_server,
-    stop_starting,
-    take_from_drain,
+    stop_now,
 )
 from smartproxy.manager.bring_up import Loading, argv_of, bring_up, free_port
 from smartproxy.manager.context import NotYet, Tools
@@ -229,9 +228,9 @@ def _end_more(loading: Loading, *, grace_s: float, passed_s: float) -> bool:
         if row.state == ServerState.READY:
             begin_drain(loading, row.id, reason, Draining(only_if_idle=False), now=now)
         elif row.state == ServerState.STARTING:
-            stop_starting(loading, row.id, reason, now)
+            stop_now(loading, row.id, row.state, reason, now=now)
         elif row.state == ServerState.DRAINING and passed_s > grace_s:
             why = f"{reason}; requests were still running after {grace_s:g} s"
-            take_from_drain(loading, row.id, why, now)
+            stop_now(loading, row.id, row.state, why, now=now)
     carry_on(loading)
     return bool(server_rows.live_servers(store)) or loading.children.are_left()

@@ -43,10 +43,12 @@ def on_server(ending: Ending, server_id: int, work: Callable[..., None], *args: 
     ending.children.begin(server_id)
 
     def owned() -> None:
+        failed = True
         try:
             work(ending, server_id, *args)
+            failed = False
         finally:
-            ending.children.end(server_id)
+            ending.children.end(server_id, failed=failed)
             ending.tools.poke()
 
     in_thread(ending.tools, owned)
@@ -131,7 +133,7 @@ def unload(
         if row.state == ServerState.READY:
             begin_drain(ending, row.id, reason, Draining(only_if_idle=only_if_idle), now=now)
         elif row.state == ServerState.STARTING:
-            stop_starting(ending, row.id, reason, now)
+            stop_now(ending, row.id, row.state, reason, now=now)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,12 +162,14 @@ def begin_drain(ending: Ending, server_id: int, reason: str, how: Draining, *, n
     return moved
 
 
-def stop_starting(ending: Ending, server_id: int, reason: str, now: float) -> None:
-    """Stop a server that is not ready yet."""
+def stop_now(
+    ending: Ending, server_id: int, state: ServerState, reason: str, *, now: float
+) -> None:
+    """Stop a server that is in this state: one that starts, or one that drains, at once."""
     if server_rows.transition(
         ending.tools.store,
         server_id,
-        ServerState.STARTING,
+        state,
         ServerState.STOPPING,
         now=now,
         reason=reason,
@@ -196,16 +200,3 @@ def notice_exits(ending: Ending, now: float) -> None:
             exit_code=exit_code,
         )
         ending.children.take(row.id)
-
-
-def take_from_drain(ending: Ending, server_id: int, reason: str, now: float) -> None:
-    """End a draining server without waiting for its requests any longer."""
-    if server_rows.transition(
-        ending.tools.store,
-        server_id,
-        ServerState.DRAINING,
-        ServerState.STOPPING,
-        now=now,
-        reason=reason,
-    ):
-        on_server(ending, server_id, take_down)

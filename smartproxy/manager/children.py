@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from smartproxy.errors import ShuttingDown
 from smartproxy.llama.process import Child
+
+#: how long a server is left alone whose thread ended with an error: what failed would fail at once
+#: again, as a write to a full disk does
+REST_S = 0.5
 
 
 class Children:
@@ -20,6 +25,8 @@ class Children:
         self._by_server: dict[int, Child] = {}
         #: threads that carry a server from state to state; written under the lock, by begin and end
         self._carried: Counter[int] = Counter()
+        #: monotonic seconds at which a thread ended with an error; written under the lock, by end
+        self._failed_at: dict[int, float] = {}
         #: processes that are being started; written under the lock, by spawning
         self._spawning = 0
         #: no process is started any more; written under the lock, by close
@@ -30,17 +37,23 @@ class Children:
         with self._lock:
             self._carried[server_id] += 1
 
-    def end(self, server_id: int) -> None:
-        """Say that a thread is done with a server, however that went."""
+    def end(self, server_id: int, *, failed: bool = False) -> None:
+        """Say that a thread is done with a server. failed: it ended with an error."""
         with self._lock:
             self._carried[server_id] -= 1
             if not self._carried[server_id]:
                 del self._carried[server_id]
+            if failed:
+                self._failed_at[server_id] = time.monotonic()
+            else:
+                self._failed_at.pop(server_id, None)
 
     def is_carried(self, server_id: int) -> bool:
-        """Return whether a thread carries a server on."""
+        """Return whether a thread carries a server on, or one failed to a moment ago."""
         with self._lock:
-            return server_id in self._carried
+            failed_at = self._failed_at.get(server_id)
+            rests = failed_at is not None and time.monotonic() - failed_at < REST_S
+            return rests or server_id in self._carried
 
     @contextmanager
     def spawning(self) -> Iterator[None]:
@@ -78,6 +91,7 @@ class Children:
     def take(self, server_id: int) -> Child | None:
         """Forget the process of a server and return it; None if there is none."""
         with self._lock:
+            self._failed_at.pop(server_id, None)
             return self._by_server.pop(server_id, None)
 
     def get(self, server_id: int) -> Child | None:

@@ -186,11 +186,16 @@ class Ahead(Generic[T]):
             reading.began_at = time.monotonic()
         if self._readers >= MOST_READERS:
             return
+        reader = threading.Thread(
+            target=self._read, args=(reading, read), name=f"reads {name}", daemon=True
+        )
+        try:
+            reader.start()  # what it reads it says under the lock, which we hold
+        except RuntimeError as error:
+            logger.warning("no thread can be started to read model '%s': %s", name, error)
+            return
         self._readers += 1
         reading.under_way = True
-        threading.Thread(
-            target=self._read, args=(reading, read), name=f"reads {name}", daemon=True
-        ).start()
 
     def _read(self, reading: _Reading[T], read: Callable[[], T]) -> None:
         value, error = None, None

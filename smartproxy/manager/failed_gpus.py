@@ -9,7 +9,7 @@ computing: it gets nothing new, and after UNREADABLE_S its servers finish what t
 from __future__ import annotations
 
 from smartproxy.gpus.types import Gpu
-from smartproxy.manager.bring_down import Ending, on_server, stop_starting, take_down, unload
+from smartproxy.manager.bring_down import Ending, on_server, stop_now, take_down, unload
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import assignments
@@ -59,7 +59,7 @@ def _end(ending: Ending, row: LiveServer, reason: str, now: float) -> None:
     """Stop a server without waiting for its requests."""
     state = row.state
     if state is ServerState.STARTING:
-        stop_starting(ending, row.id, reason, now)
+        stop_now(ending, row.id, row.state, reason, now=now)
         return
     store, server_id = ending.tools.store, row.id
     if state is ServerState.READY:

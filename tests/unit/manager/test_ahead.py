@@ -108,3 +108,17 @@ def test_a_start_may_wait_for_it_but_not_for_ever(hang: threading.Event) -> None
 
     with pytest.raises(LoadFailed, match="could not be read"):
         ahead.wait("hung", SPEC, read, within_s=0.05)
+
+
+def test_a_reader_that_could_not_be_started_is_started_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(_self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ahead: Ahead[int] = Ahead(lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
+        with pytest.raises(NotYet):
+            ahead.get("m", SPEC, lambda: 7)
+    assert read_until_there(ahead, lambda: 7) == 7

@@ -54,6 +54,20 @@ def test_a_child_is_taken_once() -> None:
     assert children.get(1) is None
 
 
+def test_a_server_whose_thread_failed_rests_before_another_carries_it_on() -> None:
+    children = Children()
+    children.begin(1)
+    children.end(1, failed=True)
+    assert children.is_carried(1)  # else a full disk would be tried thousands of times a second
+    deadline = time.monotonic() + 30
+    while children.is_carried(1):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children.begin(1)
+    children.end(1)
+    assert not children.is_carried(1)
+
+
 def test_failures_in_a_row_double_the_pause_until_one_is_put_back() -> None:
     failures = Failures(time.time)
     assert failures.add("m", "load_timeout", "slow") is None
