@@ -49,7 +49,7 @@ test-fast: setup $(VENV)/.tests lint
 
 # a test with servers waits most of its time: more of them at a time than there are cores
 test: setup $(VENV)/.tests lint
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 # the worker with the oldest and the newest gunicorn that requirements.txt allows
 test-gunicorns: setup $(VENV)/.tests

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from tests.support import system_packages
 
@@ -33,15 +35,28 @@ settings.load_profile("thorough")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test by its folder; of several processes (--dist loadgroup), one gets a whole file.
-
-    One process gets all tests of the real llama-server: its threads take every core there is.
-    """
+    """Mark a test by its folder."""
     folder = item.path.relative_to(TESTS).parts[0]
     for mark in MARKS_OF_FOLDERS.get(folder, ()):
         item.add_marker(mark)
-    group = "real" if "real" in MARKS_OF_FOLDERS.get(folder, ()) else str(item.path)
-    item.add_marker(pytest.mark.xdist_group(group))
+
+
+class ByFile(LoadScopeScheduling):
+    """Gives each of several processes whole files, for what a file starts it starts once.
+
+    One process gets all tests of the real llama-server: its threads take every core there is.
+    (xdist's own groups do nothing with pytest 9.2: it no longer takes a name they give a test.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.split("::", 1)[0]
+        folder = path.removeprefix("tests/").split("/", 1)[0]
+        return "real" if "real" in MARKS_OF_FOLDERS.get(folder, ()) else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    """Called by xdist; `--dist loadscope` means by file here."""
+    return ByFile(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 @pytest.hookimpl
