@@ -56,18 +56,23 @@ class Outage:
 
     what: a sentence for the log, "the state file can't be read". over: the one for its end.
     after_s: seconds of failing before it is told. At a start, workers are ready before the manager
-    has made the state file; that is no news.
+    has made the state file; that is no news. calm_s: seconds without a failure before it counts as
+    over, for what now works and now does not.
     """
 
-    def __init__(self, logger: logging.Logger, *, what: str, over: str, after_s: float) -> None:
+    def __init__(
+        self, logger: logging.Logger, *, what: str, over: str, after_s: float, calm_s: float = 0.0
+    ) -> None:
         self._logger = logger
-        self._what, self._over, self._after_s = what, over, after_s
-        #: time.monotonic() of the first failure in a row; None: the last try went well
+        self._what, self._over, self._after_s, self._calm_s = what, over, after_s, calm_s
+        #: time.monotonic() of the first failure in a row and of the last; None: it works
         self._since: float | None = None
+        self._failed_at = 0.0
         self._told = False
 
     def failed(self, error: Exception, now: float) -> None:
         """Take note of a try that failed. now: time.monotonic()."""
+        self._failed_at = now
         if self._since is None:
             self._since = now
         lasted_s = now - self._since
@@ -77,6 +82,8 @@ class Outage:
 
     def worked(self, now: float) -> None:
         """Take note of a try that went well."""
-        if self._told and self._since is not None:
+        if self._since is None or now - self._failed_at < self._calm_s:
+            return
+        if self._told:
             self._logger.warning("%s, after %.0f s", self._over, now - self._since)
         self._since, self._told = None, False

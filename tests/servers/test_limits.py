@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import socket
 import threading
 import time
@@ -180,9 +181,27 @@ def test_a_worker_without_files_takes_connections_again(tmp_path: Path) -> None:
         wait_until(lambda: "can't be taken" in proxy.log.read_text(), "accept failed")
         for wire in wires:
             wire.sock.close()
-        assert proxy.health()["pid"] == worker
-        wait_until(lambda: "are taken again" in proxy.log.read_text(), "accepts again")
+        wait_until(
+            lambda: proxy.health()["pid"] == worker and "are taken again" in proxy.log.read_text(),
+            "accepts again",
+        )
         assert proxy.log.read_text().count("can't be taken") == 1
+
+
+def test_a_request_without_a_file_for_its_server_waits_for_one(tmp_path: Path) -> None:
+    server = Upstream(lambda visit: visit.send(plain_answer(b"{}")))
+    with gunicorn(tmp_path) as proxy, proxy.connect() as wire, server as upstream:
+        worker = int(proxy.health()["pid"])
+        body = {"model": f"{upstream.port}"}
+        assert wire.post("/x", body).read_answer().body == b"{}"
+        proxy.wait_idle()
+        before = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (4, before[1]))
+        wire.post("/x", body)
+        assert not select.select([wire.sock], [], [], 0.3)[0]
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, before)
+        assert wire.read_answer().body == b"{}"
+        assert len(upstream.visits) == 2
 
 
 # memory

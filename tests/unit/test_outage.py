@@ -38,3 +38,15 @@ def test_a_long_one_is_told_once_and_its_end_once(
         "can't be read, for 5 s now: no such file",
         "is back, after 101 s",
     ]
+
+
+def test_what_works_now_and_then_is_not_over(caplog: pytest.LogCaptureFixture) -> None:
+    outage = Outage(
+        logging.getLogger("smartproxy.test"), what="fails", over="works", after_s=0, calm_s=2.0
+    )
+    for now in (100.0, 101.0, 102.0):
+        outage.failed(ERROR, now)
+        outage.worked(now + 0.5)
+    assert caplog.messages == ["fails, for 0 s now: no such file"]
+    outage.worked(104.0)
+    assert caplog.messages[1:] == ["works, after 4 s"]

@@ -5,65 +5,32 @@ The way in from a view of Flask's is `ErrandResponse`, as `RelayResponse` is for
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from flask import Response
 
-from smartproxy.errors import SmartProxyError
 from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.relay.relay import HandedOver
+from smartproxy.proxy.relay.running import Running
 from smartproxy.proxy.wire.own_answers import OwnAnswer
-
-logger = logging.getLogger(__name__)
 
 Work = Callable[[], Awaitable[OwnAnswer]]
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Errand:
-    """One piece of work with its client. Loop thread only; cancelled when the client goes."""
+class Errand(Running):
+    """One piece of work with its client."""
 
-    #: raises SmartProxyError
-    work: Work
-    client: Client
-    #: the origin whose pages may read an error, `*`, or nothing for nobody
-    reader: bytes
-    _task: asyncio.Task[None] | None = None
-    _stop_reason: SmartProxyError | None = None
+    def __init__(self, work: Work, client: Client, reader: bytes) -> None:
+        """work: raises SmartProxyError."""
+        super().__init__(client, reader)
+        self._work = work
 
-    def start(self) -> asyncio.Task[None]:
-        """Begin; the task ends with the client's answer."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
-        self.client.on_gone = self._task.cancel
-        self._task.add_done_callback(self._settle)
-        return self._task
-
-    def stop(self, reason: SmartProxyError) -> None:
-        """End it now, telling the client why."""
-        self._stop_reason = reason
-        if self._task:
-            self._task.cancel()
+    def __str__(self) -> str:
+        return "a request"
 
     async def _run(self) -> None:
-        self.client.answer(await self.work())
-
-    def _settle(self, task: asyncio.Task[None]) -> None:
-        error: BaseException | None = self._stop_reason
-        if not task.cancelled():
-            error = task.exception()
-        if self.client.ended:
-            return
-        if error is None:  # it went
-            self.client.cut()
-            return
-        if not isinstance(error, SmartProxyError):
-            logger.error("a request failed", exc_info=error)
-            error = SmartProxyError("the proxy failed; the log says why")
-        self.client.fail(error, torn=False, reader=self.reader)
+        self.client.answer(await self._work())
 
 
 class HandedOverErrand(HandedOver):
@@ -78,7 +45,7 @@ class HandedOverErrand(HandedOver):
     def for_client(
         self, client: Client, on_body_done: Callable[[], None] | None = None, *, direct: bool
     ) -> Errand:
-        return Errand(work=self._work, client=client, reader=self._reader)
+        return Errand(self._work, client, self._reader)
 
 
 class ErrandResponse(Response):

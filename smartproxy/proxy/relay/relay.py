@@ -22,6 +22,7 @@ from smartproxy.errors import ShuttingDown, SmartProxyError, UpstreamError, disc
 from smartproxy.proxy.relay import nginx
 from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.relay.nginx import Delivery
+from smartproxy.proxy.relay.running import Running
 from smartproxy.proxy.relay.upstream import ClientStalled, Exchange, Job, ServerDied
 from smartproxy.proxy.relay.wsgi_client import WsgiClient
 from smartproxy.proxy.wire.own_answers import event_stream_head
@@ -63,16 +64,6 @@ class Broker(Protocol):
 
     def release(self, lease: Lease) -> None:
         """Give the hold back; never blocks."""
-
-
-class Running(Protocol):
-    """What goes on in the loop for one client."""
-
-    def start(self) -> asyncio.Task[None]:
-        """Begin."""
-
-    def stop(self, reason: SmartProxyError) -> None:
-        """End it now, telling the client why as far as that is still possible."""
 
 
 class HandedOver:
@@ -130,33 +121,24 @@ class RelayResponse(Response):
         return HandedOver(self._job, self._broker, environ, start_response)
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Request:
-    """One job with its client, from start to its last byte. Loop thread only."""
+class Request(Running):
+    """One job with its client, from start to its last byte."""
 
-    job: Job
-    broker: Broker
-    client: Client
-    #: with a server that nginx could not reach, the one retry is already being used
-    delivery: Delivery = nginx.DIRECT
-    _task: asyncio.Task[None] | None = None
-    _exchange: Exchange | None = None
-    _stop_reason: SmartProxyError | None = None
-    _left_to_nginx: bool = False
+    def __init__(
+        self, *, job: Job, broker: Broker, client: Client, delivery: Delivery = nginx.DIRECT
+    ) -> None:
+        """delivery: with a server that nginx could not reach, the one retry is already used."""
+        super().__init__(client, job.reader)
+        self.job = job
+        self.broker = broker
+        self.delivery = delivery
+        self._exchange: Exchange | None = None
+        self._left_to_nginx = False
 
-    def start(self) -> asyncio.Task[None]:
-        self._task = asyncio.get_running_loop().create_task(self._answer())
-        self.client.on_gone = self._task.cancel
-        self._task.add_done_callback(self._settle)
-        return self._task
+    def __str__(self) -> str:
+        return f"relaying to {self.job.model_id!r}"
 
-    def stop(self, reason: SmartProxyError) -> None:
-        """End it now, telling the client why as far as that is still possible."""
-        self._stop_reason = reason
-        if self._task:
-            self._task.cancel()
-
-    async def _answer(self) -> None:
+    async def _run(self) -> None:
         if self.job.permit:
             self.job.permit.take()
             # nginx would not tell us when the request ends
@@ -216,28 +198,18 @@ class Request:
     def _settle(self, task: asyncio.Task[None]) -> None:
         if self.job.permit:
             self.job.permit.give_back()
-        self._end_client(task)
+        if not task.cancelled() and isinstance(task.exception(), ClientStalled):
+            self.client.cut()
+        super()._settle(task)
         if self.job.on_settled:
             status = None if self._left_to_nginx else self.client.sent_status
             self.job.on_settled(self.job.model_id, status)
 
-    def _end_client(self, task: asyncio.Task[None]) -> None:
-        """See to it that the client's side ends, however the task did."""
-        error: BaseException | None = self._stop_reason
-        if not task.cancelled():
-            error = task.exception()
-        if self.client.ended:
-            return
-        if error is None or isinstance(error, ClientStalled):
-            self.client.cut()
-            return
-        if not isinstance(error, SmartProxyError):
-            logger.error("relaying to %r failed", self.job.model_id, exc_info=error)
-            error = SmartProxyError("the relay failed; the log says why")
-        torn = self._exchange is not None and self._exchange.torn
-        if self.job.discreet:
-            error = discreet(error)
-        self.client.fail(error, torn=torn, reader=self.job.reader)
+    def _is_torn(self) -> bool:
+        return self._exchange is not None and self._exchange.torn
+
+    def _told(self, error: SmartProxyError) -> SmartProxyError:
+        return discreet(error) if self.job.discreet else error
 
 
 class Comments:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import orjson
 
-from smartproxy.errors import UpstreamTimeout
+from smartproxy.errors import UpstreamError, UpstreamTimeout
 from smartproxy.proxy.relay.client import Client
 from smartproxy.proxy.wire.bodies import Body, body_for
 from smartproxy.proxy.wire.channel import Channel
@@ -32,6 +32,10 @@ from smartproxy.proxy.wire.own_answers import opened
 
 #: up to this a body is joined to its head, which saves a system call; beyond, a copy
 JOIN_BYTES = 65536
+#: no socket can be made: this process, or the machine, is out of file descriptors or memory
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+OUT_OF_FILES_EVERY_S = 0.1
+OUT_OF_FILES_S = 60.0
 
 
 class ServerDied(Exception):
@@ -120,10 +124,10 @@ class Exchange:
     async def run(self) -> None:
         """Relay until the client has the whole answer; the connection is closed in any case.
 
-        Raises ServerDied, UpstreamTimeout, ClientStalled.
+        Raises ServerDied, UpstreamError, UpstreamTimeout, ClientStalled.
         """
         try:
-            self._start()
+            self._start(await self._connected())
             await self._ended
         finally:
             if self._timer:
@@ -131,7 +135,7 @@ class Exchange:
             if self._channel:
                 self._channel.close()
 
-    def _start(self) -> None:
+    def _start(self, sock: socket.socket) -> None:
         head = request_bytes(
             method=self._job.method,
             target=self._job.target,
@@ -140,7 +144,7 @@ class Exchange:
             api_key=self._api_key,
             body=self._job.body,
         )
-        self._channel = Channel(self._loop, self._connect(), self._on_data, self._on_end)
+        self._channel = Channel(self._loop, sock, self._on_data, self._on_end)
         self._channel.read(True)
         if len(self._job.body) <= JOIN_BYTES:
             self._channel.write(head + self._job.body)
@@ -149,6 +153,23 @@ class Exchange:
             self._channel.write(self._job.body)
         self._client.on_room = self._resume
         self._timer = self._loop.call_later(self._job.request_timeout_s, self._check_progress)
+
+    async def _connected(self) -> socket.socket:
+        """Return what `_connect` does. Who has no descriptor left waits until others are done."""
+        give_up_at = self._loop.time() + OUT_OF_FILES_S
+        while True:
+            try:
+                return self._connect()
+            except OSError as error:
+                if error.errno not in OUT_OF_FILES:
+                    raise
+                if self._loop.time() > give_up_at:
+                    raise UpstreamError(
+                        f"no connection to the server of model {self._job.model_id!r} could be "
+                        f"opened for {OUT_OF_FILES_S:g} s: {error.strerror}; the proxy's limit of "
+                        "open files (ulimit -n, LimitNOFILE) may be too low"
+                    ) from error
+            await asyncio.sleep(OUT_OF_FILES_EVERY_S)
 
     def _connect(self) -> socket.socket:
         """Return a socket, connected or about to be: on loopback the first write goes through."""

@@ -79,6 +79,7 @@ class RelayWorker(ApplicationWorker):
             what="new connections can't be taken",
             over="new connections are taken again",
             after_s=0,
+            calm_s=1,
         )
         self._threads = ThreadPoolExecutor(self.cfg.threads, thread_name_prefix="application")
         #: paths whose last request was handed over
