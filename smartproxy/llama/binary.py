@@ -91,12 +91,17 @@ def inspect(path: Path, library_dir: Path | None, environ: Mapping[str, str]) ->
     trace = re.search(r"^\s+- (\d+): trace\b", usage, re.M)
     return Binary(
         path=path,
-        flags=frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", usage)),
+        flags=flags_in(usage),
         build=build,
         library_dir=library_dir,
         trace_verbosity=int(trace.group(1)) if trace else None,
         devices=_devices(_ask(path, "--list-devices", env)),
     )
+
+
+def flags_in(usage: str) -> frozenset[str]:
+    """Return every flag that a tool's help names, with its dashes."""
+    return frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", usage))
 
 
 def _devices(listed: str) -> tuple[Device, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from smartproxy.catalog.catalog import ModelSpec
 from smartproxy.lifetime import tethered
-from smartproxy.llama.binary import Binary, child_environment
+from smartproxy.llama.binary import Binary, child_environment, flags_in
 from smartproxy.llama.command import device_flags, memory_flags
 from smartproxy.memory.types import EstimateOptions
 from smartproxy.planner.types import Placement
@@ -29,7 +29,6 @@ LOOK_EVERY_S = 0.02
 #: "CUDA0 4685 1024 258": weights, caches, graph, each rounded down
 _LINE = re.compile(r"^(\w+) (\d+) (\d+) (\d+)\s*$", re.M)
 _ROUNDING_BYTES = 3 * MIB
-_HELP_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 
 class NoAnswer(Exception):
@@ -63,8 +62,8 @@ def device_bytes(
     env["CUDA_VISIBLE_DEVICES"] = ",".join(share.uuid for share in placement.gpus)
     env.update(spec.env)
     tool = binary.path.parent / NAME
-    known = set(_HELP_FLAG.findall(_run(tool, env, ["--help"], stopping)))
-    arguments = ["--model", str(spec.path), *_only(known, flags), "--fit-print", "on"]
+    offered = flags_in(_run(tool, env, ["--help"], stopping))
+    arguments = ["--model", str(spec.path), *_only(offered, flags), "--fit-print", "on"]
     output = _run(tool, env, arguments, stopping)
     sizes = [sum(map(int, parts)) * MIB + _ROUNDING_BYTES for _, *parts in _LINE.findall(output)]
     if len(sizes) != len(placement.gpus) + 1:
@@ -113,12 +112,12 @@ def _outputs(process: subprocess.Popen[str], stopping: threading.Event) -> tuple
                 raise
 
 
-def _only(known: set[str], flags: list[str]) -> list[str]:
+def _only(offered: frozenset[str], flags: list[str]) -> list[str]:
     """Return the flags, with their values, that the tool has."""
     kept: list[str] = []
     keep = False
     for word in flags:
-        keep = word in known if word.startswith("--") else keep
+        keep = word in offered if word.startswith("--") else keep
         if keep:
             kept.append(word)
     return kept

@@ -19,7 +19,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import NoReturn
 
 from apscheduler.schedulers.background import BackgroundScheduler
@@ -29,34 +29,30 @@ from smartproxy.config import state_dir
 from smartproxy.config.known_holes import build_problems
 from smartproxy.config.load import load_settings
 from smartproxy.config.settings import Settings
-from smartproxy.errors import ConfigError, ShuttingDown, StateError
+from smartproxy.doorbell import Doorbell
+from smartproxy.errors import ConfigError, StateError
 from smartproxy.lifetime import PARENT_VARIABLE, die_with_parent, take_manager_lock, worker_alive
-from smartproxy.llama import binary, process
-from smartproxy.llama.http import slots_busy
+from smartproxy.llama import binary
 from smartproxy.log import setup_logging
-from smartproxy.manager import measure, needs, unknown_models
+from smartproxy.manager import measure, needs, stop, unknown_models
 from smartproxy.manager import use as recent_use
-from smartproxy.manager.act import stop_all
 from smartproxy.manager.adopt import adopt_all
 from smartproxy.manager.bring_up import Loading
 from smartproxy.manager.children import Children
 from smartproxy.manager.context import Ahead, Preload, Tools
-from smartproxy.manager.doorbell import Doorbell
 from smartproxy.manager.failures import Failures
 from smartproxy.manager.gpu_watch import GpuView, Watcher
 from smartproxy.manager.lingering import Lingering
 from smartproxy.manager.server_watch import trim_logs, watch
-from smartproxy.manager.shortage import Known, Shortages
+from smartproxy.manager.shortage import Facts, Shortages
 from smartproxy.manager.snapshot import Sources
 from smartproxy.manager.tick import Manager, Pass, tick
 from smartproxy.orders import Orders
 from smartproxy.signs import Beat
-from smartproxy.state import demands as demand_rows
 from smartproxy.state import events, leases, measurements, migrate
 from smartproxy.state import servers as server_rows
 from smartproxy.state.manager_row import update_manager
 from smartproxy.state.store import Store
-from smartproxy.types import ServerState
 
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
@@ -69,12 +65,6 @@ WAITING_TICK_S = 0.02
 IDLE_TICK_S = 1.0
 #: a clock that is off by more was set, not read late
 CLOCK_JUMP_S = 2.0
-#: how long requests in flight may go on in a full stop: as gunicorn's graceful_timeout
-STOP_GRACE_S = 30.0
-#: how often the log says what a stop waits for
-TELL_EVERY_S = 5.0
-#: TERM, TERM and KILL of every server at once, with room to spare
-STOP_DEADLINE_S = 45.0
 
 
 def main() -> int:
@@ -106,7 +96,7 @@ def _run(settings: Settings, orders: Orders) -> NoReturn:
     state, complaint = migrate.create(settings.state_dir / "state.db")
     if complaint:
         logger.warning("%s", complaint)
-    doorbell = Doorbell(settings.state_dir / "manager.sock")
+    doorbell = Doorbell(settings.state_dir)
     tools = Tools(
         live=live,
         store=state,
@@ -127,7 +117,7 @@ def make_manager(tools: Tools) -> Manager:
     lingering = Lingering(tools.store, view)
     preload = Preload(spec.id for spec in tools.catalog.models.values() if spec.preload)
     shortages = Shortages(preload)
-    ahead: Ahead[Known] = Ahead(tools.poke)
+    ahead: Ahead[Facts] = Ahead(tools.poke)
     loading = Loading(
         tools=tools,
         children=Children(),
@@ -165,13 +155,13 @@ def _serve(manager: Manager, doorbell: Doorbell, orders: Orders) -> NoReturn:
         *(tools.binary.path, tools.binary.build),
     )
     adopt_all(manager.loading)
-    orders.kill_servers = lambda: _kill_servers(manager)
+    orders.kill_servers = lambda: stop.kill_all(manager.loading)
     beat, watcher = Beat(), Watcher(tools, manager.loading.view)
     scheduler = _schedule(manager, watcher, beat)
     try:
         code = _loop(manager, doorbell, scheduler, Says(orders=orders, beat=beat))
         if orders.full_stop:
-            _end_all(manager, scheduler)
+            stop.end_all(manager.loading, scheduler)
     finally:
         scheduler.shutdown(wait=False)
         closed = watcher.close()
@@ -192,12 +182,6 @@ def _sign_off(store: Store) -> None:
         logger.error("stopped, but the state file could not be told: %s", error)
     else:
         logger.info("stopped")
-
-
-def _kill_servers(manager: Manager) -> None:
-    logger.warning("a second signal: ending every llama-server at once")
-    for child in manager.loading.children.snapshot().values():
-        process.kill(child, patience_s=0)
 
 
 def _schedule(manager: Manager, watcher: Watcher, beat: Beat) -> BackgroundScheduler:
@@ -264,11 +248,11 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler, 
             logger.exception("tick failed")
             done = Pass(waiting=False, decision_s=0.0)
         says.beat.passed()
-        doorbell.watch(manager.loading.children.snapshot())
+        doorbell.watch(manager.loading.children.pids())
         # many waiting models make decisions long: they get a part of the time, not all of it
         pause_s = max(WAITING_TICK_S, 4 * done.decision_s) if done.waiting else IDLE_TICK_S
-        said = doorbell.wait(min(pause_s, IDLE_TICK_S))
-        if b"look" in said:
+        words = doorbell.wait(min(pause_s, IDLE_TICK_S))
+        if b"look" in words:
             view.want_look()
         if abs(_clock_ahead_s() - clock_s) > CLOCK_JUMP_S:
             clock_s = _clock_ahead_s()
@@ -282,42 +266,6 @@ def _loop(manager: Manager, doorbell: Doorbell, scheduler: BackgroundScheduler, 
     if not orders.full_stop:
         logger.info("leaving: the llama-servers stay for the next manager")
     return 0
-
-
-def _end_all(manager: Manager, scheduler: BackgroundScheduler) -> None:
-    """End every server in order. Blocks until all have ended."""
-    store = manager.tools.store
-    logger.info("stopping: ending every llama-server when its requests are done")
-    try:
-        update_manager(store, stopping=True)
-        _refuse_all(store)
-    except StateError as error:
-        logger.error("requests that wait can't be told that the proxy stops: %s", error)
-    until = time.monotonic() + STOP_GRACE_S
-    scheduler.add_job(
-        _tell_waiting,
-        "interval",
-        [store, until],
-        seconds=TELL_EVERY_S,
-        next_run_time=_now() + timedelta(seconds=1),
-    )
-    stop_all(manager.loading, grace_s=STOP_GRACE_S, deadline_s=STOP_DEADLINE_S)
-
-
-def _tell_waiting(store: Store, until: float) -> None:
-    """Say what the stop waits for. until: time.monotonic() after which requests are ended."""
-    left_s = until - time.monotonic()
-    for row in server_rows.live_servers(store):
-        if row.state == ServerState.DRAINING and left_s > 0:
-            logger.info(
-                "stopping: waiting for %d requests on model '%s', at most %.0f s more",
-                *(slots_busy(row.port, row.api_key), row.model_id, left_s),
-            )
-        else:
-            logger.info(
-                "stopping: waiting for the llama-server of model '%s' to end (%s)",
-                *(row.model_id, row.state),
-            )
 
 
 def _lost(store: Store) -> str | None:
@@ -342,17 +290,6 @@ def _run_all_now(scheduler: BackgroundScheduler) -> None:
     logger.warning("the clock was set")
     for job in scheduler.get_jobs():
         job.modify(next_run_time=_now())
-
-
-def _refuse_all(store: Store) -> None:
-    ids = [demand.id for demand in demand_rows.open_demands(store)]
-    demand_rows.answer(
-        store,
-        ids,
-        now=store.now(),
-        error_code=ShuttingDown.code,
-        message="the proxy is being stopped",
-    )
 
 
 def _heartbeat(store: Store, beat: Beat) -> None:

@@ -5,25 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from smartproxy.errors import (
     LoadFailed,
     SmartProxyError,
-    StateError,
     StateRefused,
 )
-from smartproxy.llama import process
 from smartproxy.manager import shortage
-from smartproxy.manager.adopt import carry_on
 from smartproxy.manager.bring_down import (
     Draining,
     begin_drain,
-    notice_exits,
     on_server,
-    stop_now,
 )
 from smartproxy.manager.bring_up import Loading, argv_of, bring_up, free_port
 from smartproxy.manager.context import NotYet, Tools
@@ -39,9 +33,6 @@ from smartproxy.state.server_row import NewServer
 from smartproxy.types import ServerState
 
 logger = logging.getLogger(__name__)
-
-#: how often a full stop looks at what is left
-STOP_LOOK_EVERY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +65,8 @@ def carry_out(loading: Loading, decided: Decided, demands: list[Demand], now: fl
             loading.failures.add(start_.model_id, code, f"model '{start_.model_id}': {error}")
     for refusal in decision.refusals:
         preload.discard(refusal.model_id)
-        told = Refused(model_id=refusal.model_id, code=refusal.code, message=refusal.message)
-        _answer(tools, demands, told, decided, now=now)
+        refused = Refused(model_id=refusal.model_id, code=refusal.code, message=refusal.message)
+        _answer(tools, demands, refused, decided, now=now)
     for wait in decision.waits:
         late = [
             demand
@@ -87,8 +78,8 @@ def carry_out(loading: Loading, decided: Decided, demands: list[Demand], now: fl
             f"model '{wait.model_id}' still waits after {tools.settings.queue_timeout:g} s"
             f" (queue_timeout): {wait.reason}"
         )
-        told = Refused(model_id=wait.model_id, code=wait.code_at_timeout, message=message)
-        _answer(tools, late, told, decided, now=now)
+        refused = Refused(model_id=wait.model_id, code=wait.code_at_timeout, message=message)
+        _answer(tools, late, refused, decided, now=now)
     waits = {wait.model_id: wait.reason for wait in decision.waits}
     demand_rows.set_waits(tools.store, waits, now=now, data=decided.data())
 
@@ -103,9 +94,9 @@ class Refused:
 
 
 def _answer(
-    tools: Tools, demands: list[Demand], told: Refused, decided: Decided, *, now: float
+    tools: Tools, demands: list[Demand], refused: Refused, decided: Decided, *, now: float
 ) -> None:
-    model_id, code, message = told.model_id, told.code, told.message
+    model_id, code, message = refused.model_id, refused.code, refused.message
     ids = [demand.id for demand in demands if demand.kind == "load" and demand.model_id == model_id]
     if not ids:
         return
@@ -124,24 +115,24 @@ def start(loading: Loading, begun: Start, decided: Decided, now: float) -> None:
     """Write the server and what it is promised, then bring it up in a thread."""
     tools = loading.tools
     spec = tools.catalog.models[begun.model_id]
-    known = shortage.ask(loading.ahead, tools, loading.shortages, spec)
+    facts = shortage.ask(loading.ahead, tools, loading.shortages, spec)
     loading.shortages.preload.discard(begun.model_id)
     placement = begun.placement
     layout, estimate = placement.layout, placement.estimate
     port = free_port(tools)
-    argv = argv_of(tools, loading.view, spec, placement, port=port, loaded=known.loaded)
+    argv = argv_of(tools, loading.view, spec, placement, port=port, loaded=facts.loaded)
     new = NewServer(
         model_id=spec.id,
         port=port,
         api_key=secrets.token_urlsafe(24),
         command=json.dumps(argv),
         log_path=str(_log_path(tools, spec.id, now)),
-        settings_key=settings_key(known.options_key, layout),
+        settings_key=settings_key(facts.options_key, layout),
         on_cpu_for_want_of_gpu=placement.on_cpu_for_want_of_gpu,
         context_size=layout.context_size,
         parallel=spec.parallel,
         gpu_layers=layout.gpu_layers if placement.gpus else 0,
-        layer_count=known.loaded.metadata.layer_count + 1,
+        layer_count=facts.loaded.metadata.layer_count + 1,
         tensor_split=",".join(f"{share:g}" for share in layout.tensor_split),
         estimated_bytes=sum(share.bytes for share in placement.gpus),
         host_estimated_bytes=estimate.host.total_bytes,
@@ -189,48 +180,3 @@ def evict(loading: Loading, eviction: Evict, decided: Decided, now: float) -> No
         loading.shortages.preload.add(eviction.model_id)
     else:
         counts.add_eviction(tools.store, eviction.model_id)
-
-
-def stop_all(loading: Loading, *, grace_s: float, deadline_s: float) -> None:
-    """End every server: what a full stop does. Blocks until all have ended.
-
-    Requests in flight may finish for grace_s seconds; deadline_s is for the ending after that.
-    What is left then is killed, whatever the state file says.
-    """
-    began = time.monotonic()
-    loading.children.close()
-    told = False
-    while (passed_s := time.monotonic() - began) < grace_s + deadline_s:
-        try:
-            if not _end_more(loading, grace_s=grace_s, passed_s=passed_s):
-                return
-        except StateError as error:
-            if not told:
-                logger.error("servers can't be ended in order, trying on: %s", error)
-            told = True
-            if passed_s > grace_s:
-                break
-        time.sleep(STOP_LOOK_EVERY_S)
-    for server_id, child in loading.children.snapshot().items():
-        logger.error("server %d, pid %d, did not end in time: killed", server_id, child.pid)
-        process.kill(child)
-
-
-def _end_more(loading: Loading, *, grace_s: float, passed_s: float) -> bool:
-    """Ask once more what does not end yet; a row whose thread has died gets another.
-
-    Returns whether anything is left.
-    """
-    store, reason = loading.tools.store, "the proxy is being stopped"
-    now = store.now()
-    notice_exits(loading, now)
-    for row in server_rows.live_servers(store):
-        if row.state == ServerState.READY:
-            begin_drain(loading, row.id, reason, Draining(only_if_idle=False), now=now)
-        elif row.state == ServerState.STARTING:
-            stop_now(loading, row.id, row.state, reason, now=now)
-        elif row.state == ServerState.DRAINING and passed_s > grace_s:
-            why = f"{reason}; requests were still running after {grace_s:g} s"
-            stop_now(loading, row.id, row.state, why, now=now)
-    carry_on(loading)
-    return bool(server_rows.live_servers(store)) or loading.children.are_left()

@@ -57,9 +57,9 @@ def adopt_all(loading: Loading) -> None:
                 *(row.id, row.pid, row.state, row.model_id),
             )
             _go_on(loading, row) if _has_its_port(row, child) else _disown(loading, row)
-    known = {child.pid for child in loading.children.snapshot().values()}
+    ours = loading.children.pids()
     for found in owned_processes(str(tools.settings.state_dir)):
-        if found.pid not in known:
+        if found.pid not in ours:
             _adopt_unknown(loading, found)
 
 
@@ -227,13 +227,13 @@ def _expected(loading: Loading, said: Said) -> Estimate | None:
         cpu_moe_layers=said.cpu_moe_layers,
     )
     try:
-        known = loading.ahead.wait(
+        facts = loading.ahead.wait(
             spec.id,
             spec,
-            partial(shortage.known_of, loading.tools, loading.shortages, spec),
+            partial(shortage.facts_of, loading.tools, spec),
             within_s=FILE_PATIENCE_S,
         )
-        return known.need.estimate(layout)
+        return loading.shortages.raised(spec.id, facts).need.estimate(layout)
     except SmartProxyError as error:
         logger.warning("model '%s': what its server takes is not known: %s", spec.id, error)
         return None

@@ -31,7 +31,7 @@ from smartproxy.manager.context import Ahead, Tools
 from smartproxy.manager.failures import Failures
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.served import loaded_of
-from smartproxy.manager.shortage import Death, Known, OutOfGpuMemory, Shortages
+from smartproxy.manager.shortage import Death, Facts, OutOfGpuMemory, Shortages
 from smartproxy.memory.estimate import Loaded
 from smartproxy.planner.reasons import gb
 from smartproxy.planner.types import Placement
@@ -61,7 +61,7 @@ class Loading(Ending):
     failures: Failures
     shortages: Shortages
     #: what files say, for the main loop
-    ahead: Ahead[Known]
+    ahead: Ahead[Facts]
 
 
 def bring_up(loading: Loading, server_id: int, spec: ModelSpec, placement: Placement) -> None:

@@ -103,3 +103,8 @@ class Children:
         """Return all of them as of now."""
         with self._lock:
             return dict(self._by_server)
+
+    def pids(self) -> frozenset[int]:
+        """Return the process ids of all of them as of now."""
+        with self._lock:
+            return frozenset(child.pid for child in self._by_server.values())

@@ -113,8 +113,8 @@ class _Reading(Generic[T]):
 
     of: object
     began_at: float
-    #: the last try that is still under way
-    under_way: bool = True
+    #: a try is
+    under_way: bool = False
     #: None: no try has ended yet
     ended_at: float | None = None
     value: T | None = None
@@ -143,23 +143,27 @@ class Ahead(Generic[T]):
 
         of: what it depends on; another one is read anew. Raises NotYet while it is being read, and
         LoadFailed once that has taken too long. Who asks all the time gets what was read last,
-        while it is read again beside.
+        while it is read again beside. An error is raised once: who asks again may have mended the
+        file.
         """
         now = time.monotonic()
         with self._lock:
             reading = self._readings.get(name)
             if reading is None or reading.of is not of:
-                reading = _Reading(of, now, under_way=False)
-                self._readings[name] = reading
+                reading = self._readings[name] = _Reading(of, now)
             often = now - reading.asked_at < OFTEN_S
             reading.asked_at = now
             age_s = math.inf if reading.ended_at is None else now - reading.ended_at
+            if reading.error is not None:
+                del self._readings[name]
+                if often or age_s <= FRESH_S:
+                    raise reading.error
+                reading, age_s = _Reading(of, now, asked_at=now), math.inf
+                self._readings[name] = reading
             if age_s > FRESH_S and not reading.under_way:
                 self._begin(name, reading, read)
             if age_s > (STALE_S if often else FRESH_S):
                 self._raise_late(name, reading, now)
-            if reading.error is not None:
-                raise reading.error
             return cast("T", reading.value)  # a try has ended, and without an error
 
     def wait(self, name: str, of: object, read: Callable[[], T], *, within_s: float) -> T:

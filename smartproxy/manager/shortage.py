@@ -69,6 +69,11 @@ class Shortages:
         with self._lock:
             return self._by_model.get(model_id, Shortage())
 
+    def raised(self, model_id: str, facts: Facts) -> Facts:
+        """Return what is known of a model with its need as the last load of it has shown it."""
+        raised_bytes = self.get(model_id).raised_bytes
+        return replace(facts, need=_raised(facts.need, raised_bytes)) if raised_bytes else facts
+
     def put(self, model_id: str, shortage: Shortage) -> None:
         """Remember it in place of what was known of the model."""
         with self._lock:
@@ -92,7 +97,7 @@ class Death:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class Facts:
     """What the files of a model and its earlier loads say."""
 
     need: Need
@@ -101,32 +106,25 @@ class Known:
     options_key: str
 
 
-def known_of(tools: Tools, shortages: Shortages, spec: ModelSpec) -> Known:
+def facts_of(tools: Tools, spec: ModelSpec) -> Facts:
     """Return what is known of a model. Blocks for as long as its file system does.
 
     Raises LoadFailed or MetadataError: why it can't be known.
     """
     loaded = loaded_of(tools.store, spec)
-    return Known(
-        need=need_of(tools, shortages, spec),
+    return Facts(
+        need=needs.need_of(tools, spec),
         loaded=loaded,
         options_key=options_key(spec, loaded, tools.binary.build),
     )
 
 
-def ask(ahead: Ahead[Known], tools: Tools, shortages: Shortages, spec: ModelSpec) -> Known:
-    """Return the same without blocking. Raises NotYet besides."""
-    return ahead.get(spec.id, spec, partial(known_of, tools, shortages, spec))
+def ask(ahead: Ahead[Facts], tools: Tools, shortages: Shortages, spec: ModelSpec) -> Facts:
+    """Return the same without blocking, its need raised where a load showed it to be too little.
 
-
-def need_of(tools: Tools, shortages: Shortages, spec: ModelSpec) -> Need:
-    """Return what a model needs, raised where a load of it has shown that to be too little.
-
-    Raises LoadFailed or MetadataError: why it can't be known.
+    Raises NotYet besides.
     """
-    need = needs.need_of(tools, spec)
-    raised_bytes = shortages.get(spec.id).raised_bytes
-    return _raised(need, raised_bytes) if raised_bytes else need
+    return shortages.raised(spec.id, ahead.get(spec.id, spec, partial(facts_of, tools, spec)))
 
 
 def _raised(need: Need, raised_bytes: int) -> Need:

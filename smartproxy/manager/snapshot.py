@@ -12,7 +12,7 @@ from smartproxy.manager import use as recent_use
 from smartproxy.manager.context import Ahead, NotYet, Preload, Tools
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.lingering import Lingering
-from smartproxy.manager.shortage import Known, Shortages
+from smartproxy.manager.shortage import Facts, Shortages
 from smartproxy.manager.use import RecentUse
 from smartproxy.planner.types import PlanSettings, Promise, RunningServer, Snapshot, WaitingLoad
 from smartproxy.state import demands as demand_rows
@@ -32,7 +32,7 @@ class Sources:
     view: GpuView
     lingering: Lingering
     shortages: Shortages
-    ahead: Ahead[Known]
+    ahead: Ahead[Facts]
     recent: RecentUse
 
     @property

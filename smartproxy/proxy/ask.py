@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smartproxy import doorbell
 from smartproxy.catalog.live import Live
 from smartproxy.errors import LoadTimeout, ManagerDown, ShuttingDown, StateError, from_code
 from smartproxy.lifetime import worker_id
-from smartproxy.proxy.ensure import MANAGER_PATIENCE_S, Broker, send_poke
+from smartproxy.proxy.ensure import MANAGER_PATIENCE_S, Broker
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import leases
 from smartproxy.state.manager_row import manager_view
@@ -57,7 +58,7 @@ def _ask_once(store: Store, state_dir: Path, question: Question) -> Answer:
     except StateError as error:
         raise ManagerDown(f"the state file can't be written: {error}") from None
     try:
-        send_poke(state_dir, kind.encode())
+        doorbell.ring(state_dir, kind.encode())
         return _await(store, worker, demand_id, question)
     finally:
         with suppress(StateError):  # not to be said in place of what happened
@@ -95,7 +96,7 @@ async def _ask_once_in_loop(broker: Broker, store: Store, live: Live, question: 
             demand_id = await asyncio.shield(asked)
         except StateError as error:
             raise ManagerDown(f"the state file can't be written: {error}") from None
-        send_poke(settings.state_dir, question.kind.encode())
+        doorbell.ring(settings.state_dir, question.kind.encode())
         broker.held.keep_renewing()
         wait = _Wait(store, demand_id, question)
         while (answer := wait.look()) is None:

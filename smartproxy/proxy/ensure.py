@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 import time
-from pathlib import Path
 
+from smartproxy import doorbell
 from smartproxy.catalog.live import Live
 from smartproxy.errors import (
     LoadTimeout,
@@ -258,8 +256,8 @@ class Broker:
         return silent_since
 
     def poke(self, word: bytes) -> bool:
-        """Wake the manager; a poke that can't be delivered is not needed. See send_poke."""
-        return send_poke(self._live.settings.state_dir, word)
+        """Wake the manager; a poke that can't be delivered is not needed. See doorbell.ring."""
+        return doorbell.ring(self._live.settings.state_dir, word)
 
 
 def _lease_on(route: Route) -> Lease:
@@ -272,26 +270,4 @@ def _lease_on(route: Route) -> Lease:
     )
 
 
-def send_poke(state_dir: Path, word: bytes) -> bool:
-    """Send a word to the manager's socket, by its folder's descriptor: a path may be too long.
-
-    Returns whether a manager is there to read it.
-    """
-    try:
-        folder = os.open(state_dir, os.O_PATH)
-    except OSError:
-        return False
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.setblocking(False)
-            sender.sendto(word, f"/proc/self/fd/{folder}/manager.sock")
-    except BlockingIOError:
-        return True  # it has not read those before yet
-    except OSError:
-        return False
-    finally:
-        os.close(folder)
-    return True
-
-
-__all__ = ["Broker", "SmartProxyError", "send_poke"]
+__all__ = ["Broker", "SmartProxyError"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from smartproxy.lifetime import owned_processes
-from smartproxy.manager.act import stop_all
 from smartproxy.manager.bring_down import take_down, unload
 from smartproxy.manager.bring_up import free_port as free_port_of
+from smartproxy.manager.stop import stop_all
 from smartproxy.manager.tick import tick
 from smartproxy.state import demands as demand_rows
 from smartproxy.state import servers as server_rows

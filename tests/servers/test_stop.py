@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from smartproxy.lifetime import owned_processes, worker_id
-from smartproxy.manager.act import stop_all
 from smartproxy.manager.bring_down import on_server
+from smartproxy.manager.stop import stop_all
 from smartproxy.manager.tick import Manager, tick
 from smartproxy.state import leases
 from smartproxy.state import servers as server_rows

@@ -12,7 +12,7 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -356,16 +356,15 @@ class Bell:
     def poke(self) -> None:
         self.event.set()
 
-    def watch(self, children: Mapping[int, Any]) -> None:
-        pids = {child.pid for child in children.values()}
+    def watch(self, pids: Set[int]) -> None:
         if any(pid in self.watched or pid in self._machine.servers for pid in pids):
             self.watched = {pid for pid in pids if pid in self._machine.servers}
 
     def wait(self, timeout_s: float) -> set[bytes]:
         self.event.wait(timeout_s)
         self.event.clear()
-        said, self.words = self.words, set()
-        return said
+        words, self.words = self.words, set()
+        return words
 
 
 class ServerFailed(Exception):

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import psutil
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from smartproxy import lifetime
+from smartproxy import doorbell, lifetime
 from smartproxy.gpus.nvml import GpuObserver
 from smartproxy.llama import http, listeners, process
 from smartproxy.manager import __main__ as manager_main
 from smartproxy.manager import bring_up, context
 from smartproxy.memory import estimate
 from smartproxy.model_file import metadata
-from smartproxy.proxy import ensure
 from smartproxy.proxy.relay import relay
 from smartproxy.state import store
 from tests.simulation.machine import Machine, Seen, ServerFailed, use
@@ -286,7 +285,7 @@ def _replacements() -> dict[Any, Any]:
         http.slots_busy: lambda *which: Now.machine.slots_busy(*which),
         http.counters: lambda *which: Now.machine.counters(*which),
         bring_up._bindable: lambda port: Now.machine.bindable(port),
-        ensure.send_poke: lambda *which: Now.machine.poke(*which),
+        doorbell.ring: lambda *which: Now.machine.poke(*which),
     }
     free = type("Memory", (), {"available": 8 << 30})()
     return {

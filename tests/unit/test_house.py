@@ -57,6 +57,7 @@ ROWS = {
     "log": row(""),
     "lifetime": row("", "psutil"),
     "signs": row(""),
+    "doorbell": row(""),
     "orders": row("types lifetime"),
     "entities": row("types gpus planner", "pydantic"),
     "cli": row("errors commands", "click"),
@@ -73,26 +74,27 @@ ROWS = {
     ),
     "state": row("types errors gpus planner", "sqlite_utils"),
     "manager": row(
-        "types errors log lifetime signs orders config catalog gpus model_file memory planner llama"
-        " state",
+        "types errors log lifetime signs orders doorbell config catalog gpus model_file memory"
+        " planner llama state",
         "apscheduler psutil",
     ),
     "proxy/wire": row("errors", "orjson"),
     "proxy/relay": row("errors proxy/wire", "flask werkzeug orjson uvloop"),
     "proxy/pages": row(
-        "types errors entities lifetime config catalog gpus state proxy proxy/relay proxy/wire",
+        "types errors entities lifetime doorbell config catalog gpus state proxy proxy/relay"
+        " proxy/wire",
         "flask prometheus_client tabulate yaml",
     ),
     "proxy/worker": row("errors log proxy proxy/wire proxy/relay", "gunicorn"),
     "proxy": row(
-        "errors log lifetime signs config catalog state proxy/wire proxy/relay proxy/pages"
+        "errors log lifetime signs doorbell config catalog state proxy/wire proxy/relay proxy/pages"
         " proxy/worker",
         "flask werkzeug gunicorn msgspec",
     ),
     "serving": row("errors lifetime signs config", "psutil", subprocess=True),
     "commands": row(
-        "types errors entities log config catalog gpus model_file memory planner state manager"
-        " proxy proxy/pages serving",
+        "types errors entities log doorbell config catalog gpus model_file memory planner state"
+        " manager proxy proxy/pages serving",
         "click tabulate",
     ),
 }

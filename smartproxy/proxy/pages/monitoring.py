@@ -12,13 +12,13 @@ import yaml
 from flask import Blueprint, Response, g, jsonify, request
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
+from smartproxy import doorbell
 from smartproxy.catalog.live import Live
 from smartproxy.config.settings import Settings
 from smartproxy.entities import pool_status
 from smartproxy.errors import ManagerDown, ShuttingDown, StateError
 from smartproxy.proxy import auth
 from smartproxy.proxy.auth import Role
-from smartproxy.proxy.ensure import send_poke
 from smartproxy.proxy.pages import discreet, metrics, status, tables, view
 from smartproxy.proxy.pages.counting import RequestCounts
 from smartproxy.state.store import Store
@@ -66,7 +66,7 @@ def blueprint(live: Live, store: Store, counting: RequestCounts) -> Blueprint:
 def _ask_for_look(age_s: float | None, settings: Settings) -> None:
     """Have the manager look at the GPUs again, unless it just did: polling costs it little."""
     if age_s is None or age_s > FRESH_S:
-        send_poke(settings.state_dir, b"look")
+        doorbell.ring(settings.state_dir, b"look")
 
 
 @cache

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, jsonify, request
 
+from smartproxy import doorbell
 from smartproxy.catalog.live import Live
 from smartproxy.errors import ManagerDown, StateError
 from smartproxy.proxy import auth
-from smartproxy.proxy.ensure import send_poke
 from smartproxy.state import manager_row
 from smartproxy.state.store import Store
 
@@ -34,7 +34,7 @@ def blueprint(live: Live, store: Store) -> Blueprint:
             manager_row.resume(store, now=store.now())
         except StateError as error:
             raise ManagerDown(f"not resumed: the state file can't be written: {error}") from None
-        send_poke(live.settings.state_dir, b"resume")
+        doorbell.ring(live.settings.state_dir, b"resume")
         return jsonify({"paused": False, "paused_at": None})
 
     return pausing

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from smartproxy.errors import LoadFailed, MetadataError
+from smartproxy.manager import context
 from smartproxy.manager.context import MOST_READERS, Ahead, NotYet
 
 SPEC, OTHER = object(), object()
@@ -48,6 +49,37 @@ def test_an_error_is_raised_where_it_is_asked_for() -> None:
     ahead: Ahead[int] = Ahead(lambda: None)
     with pytest.raises(MetadataError, match="broken"):
         read_until_there(ahead, fail)
+
+
+def test_an_error_is_raised_once_and_a_mended_file_read_at_once() -> None:
+    broken = True
+
+    def read() -> int:
+        if broken:
+            raise MetadataError("broken")
+        return 5
+
+    ahead: Ahead[int] = Ahead(lambda: None)
+    with pytest.raises(MetadataError, match="broken"):
+        read_until_there(ahead, read)
+    broken = False
+    assert read_until_there(ahead, read) == 5
+
+
+def test_an_error_that_nobody_fetched_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "OFTEN_S", 0.0)
+    monkeypatch.setattr(context, "FRESH_S", 0.0)
+    ended = threading.Event()
+
+    def fail() -> int:
+        raise MetadataError("broken")
+
+    ahead: Ahead[int] = Ahead(ended.set)
+    with pytest.raises(NotYet):
+        ahead.get("m", SPEC, fail)
+    assert ended.wait(30)
+    with pytest.raises(NotYet):
+        ahead.get("m", SPEC, lambda: 6)
 
 
 def test_an_unexpected_error_is_an_answer_too() -> None:

@@ -9,20 +9,22 @@ import contextlib
 import os
 import selectors
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Set
 from pathlib import Path
 
-from smartproxy.llama.process import Child
+#: in the state directory
+NAME = "manager.sock"
 
 
 class Doorbell:
     """The manager's side: sleeps until poked, until a child ends, or until a timeout."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, state_dir: Path) -> None:
+        path = state_dir / NAME
         path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with _in_folder(path.parent):  # a socket path may be 107 bytes at most
-            self._socket.bind(path.name)
+        with _in_folder(state_dir):  # a socket path may be 107 bytes at most
+            self._socket.bind(NAME)
         path.chmod(0o600)
         self._socket.setblocking(False)
         self._own, self._own_write = os.pipe()
@@ -39,9 +41,8 @@ class Doorbell:
         with contextlib.suppress(BlockingIOError):  # full: it is awake already
             os.write(self._own_write, b"\0")
 
-    def watch(self, children: Mapping[int, Child]) -> None:
+    def watch(self, pids: Set[int]) -> None:
         """Wake the loop when one of these processes ends."""
-        pids = {child.pid for child in children.values()}
         for pid in self._watched.keys() - pids:
             self._forget(pid)
         for pid in pids - self._watched.keys():
@@ -56,10 +57,10 @@ class Doorbell:
 
     def wait(self, timeout_s: float) -> set[bytes]:
         """Block until something happens; returns the words workers sent."""
-        said: set[bytes] = set()
+        words: set[bytes] = set()
         for key, _ in self._selector.select(timeout_s):
             if key.fileobj is self._socket:
-                said |= self._drain_socket()
+                words |= self._drain_socket()
             elif key.fileobj == self._own:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._own, 4096)
@@ -68,14 +69,14 @@ class Doorbell:
                 ended = [pid for pid, fd in self._watched.items() if fd == key.fileobj]
                 for pid in ended:
                     self._forget(pid)
-        return said
+        return words
 
     def _drain_socket(self) -> set[bytes]:
-        said = set()
+        words = set()
         with contextlib.suppress(BlockingIOError):
             while True:
-                said.add(self._socket.recv(64))
-        return said
+                words.add(self._socket.recv(64))
+        return words
 
 
 @contextlib.contextmanager
@@ -87,3 +88,25 @@ def _in_folder(folder: Path) -> Iterator[None]:
     finally:
         os.fchdir(before)
         os.close(before)
+
+
+def ring(state_dir: Path, word: bytes) -> bool:
+    """Send a word to the manager, by its folder's descriptor: a path may be too long.
+
+    Returns whether a manager is there to read it.
+    """
+    try:
+        folder = os.open(state_dir, os.O_PATH)
+    except OSError:
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            sender.sendto(word, f"/proc/self/fd/{folder}/{NAME}")
+    except BlockingIOError:
+        return True  # it has not read those before yet
+    except OSError:
+        return False
+    finally:
+        os.close(folder)
+    return True
