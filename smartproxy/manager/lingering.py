@@ -51,7 +51,7 @@ class Lingering:
 
     def __init__(self, store: Store, view: GpuView) -> None:
         self._store = store
-        #: the looks that it judges by
+        #: the last look; asked for another one when a server has ended
         self.view = view
         self._lock = threading.Lock()
         # all of these are written under the lock
@@ -66,16 +66,18 @@ class Lingering:
         self._shown_pids: set[int] = set()
 
     def note_others(
-        self, live: list[LiveServer], promised: Mapping[int, list[AssignmentRow]]
+        self,
+        live: list[LiveServer],
+        promised: Mapping[int, list[AssignmentRow]],
+        seen: GpuSnapshot,
     ) -> None:
         """Remember what each new look shows as used that no listed process has, and none of ours.
 
         Only while all our servers on the GPU show themselves and none has just ended: what a
         process leaves behind when it goes is no process's for a while, either.
         """
-        seen = self.view.seen
         with self._lock:
-            if seen is None or seen is self._others_at:
+            if seen is self._others_at:
                 return
             self._others_at = seen
             known = {row.pid for row in live} | {ended.pid for ended in self._ended.values()}
@@ -125,12 +127,14 @@ class Lingering:
         with self._lock:
             return server_id in self._ended
 
-    def still_held(self, live_ids: set[int], now: float) -> list[RunningServer]:
+    def still_held(
+        self, live_ids: set[int], seen: GpuSnapshot | None, now: float
+    ) -> list[RunningServer]:
         """Return ended servers whose memory is not back, for the planner; forget the others.
 
-        live_ids: servers whose row still says that they live; those the planner sees anyway.
+        live_ids: servers whose row still says that they live; those the planner sees anyway. seen:
+        the look that the planner goes by.
         """
-        seen = self.view.seen
         if seen is None:
             return []
         held = []

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from smartproxy.errors import SmartProxyError
+from smartproxy.gpus.types import Gpu, GpuSnapshot
 from smartproxy.manager import needs, shortage
 from smartproxy.manager import use as recent_use
 from smartproxy.manager.context import Ahead, NotYet, Preload, Tools
@@ -40,6 +41,20 @@ class Sources:
         return self.shortages.preload
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """What one pass goes by. Read once: a look at the GPUs in the middle of it would contradict."""
+
+    #: Unix seconds
+    now: float
+    #: None before the first look
+    seen: GpuSnapshot | None
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        return self.seen.gpus if self.seen is not None else ()
+
+
 def snapshot(sources: Sources, demands: list[Demand], now: float) -> Snapshot:
     """Return everything the planner may look at.
 
@@ -47,19 +62,22 @@ def snapshot(sources: Sources, demands: list[Demand], now: float) -> Snapshot:
     that reason here and do not reach the planner.
     """
     tools, lingering = sources.tools, sources.lingering
+    # before the rows: who ended after this look has its memory held back until the next one
+    moment = Moment(now=now, seen=sources.view.seen)
     live = server_rows.live_servers(tools.store)
     promised = assignments(tools.store)
     recent_use.count(tools.store, sources.recent, now)
-    lingering.note_others(live, promised)
-    seen, settings = sources.view.seen, tools.settings
+    if moment.seen is not None:
+        lingering.note_others(live, promised, moment.seen)
+    settings = tools.settings
     return Snapshot(
         now=now,
-        gpus=seen.gpus if seen is not None else None,
+        gpus=moment.seen.gpus if moment.seen is not None else None,
         servers=(
-            *_running(sources, live, promised, demands, now=now),
-            *lingering.still_held({row.id for row in live}, now),
+            *_running(sources, live, promised, demands, moment),
+            *lingering.still_held({row.id for row in live}, moment.seen, now),
         ),
-        loads=tuple(_waiting(sources, live, demands, now)),
+        loads=tuple(_waiting(sources, live, demands, moment)),
         settings=PlanSettings(
             pool_size=settings.server_pool.size,
             headroom_bytes=settings.gpu_headroom_mb * MIB,
@@ -68,7 +86,7 @@ def snapshot(sources: Sources, demands: list[Demand], now: float) -> Snapshot:
             min_residency_s=settings.min_residency,
             queue_timeout_s=settings.queue_timeout,
         ),
-        overhead_bytes=needs.overheads(tools, sources.view.gpus),
+        overhead_bytes=needs.overheads(tools, moment.gpus),
     )
 
 
@@ -77,19 +95,18 @@ def _running(
     live: list[LiveServer],
     promised: Mapping[int, list[AssignmentRow]],
     demands: list[Demand],
-    *,
-    now: float,
+    moment: Moment,
 ) -> Iterator[RunningServer]:
     wanted = Counter(demand.model_id for demand in demands if demand.kind == "load")
     for row in live:
         spec = sources.tools.catalog.models.get(row.model_id)
         use = sources.recent.uses.get(row.model_id)
-        requests, tokens = recent_use.decayed(use, now) if use else (0.0, 0.0)
+        requests, tokens = recent_use.decayed(use, moment.now) if use else (0.0, 0.0)
         yield RunningServer(
             server_id=row.id,
             model_id=row.model_id,
             state=row.state,
-            holds=_holds(sources, row.pid, promised.get(row.id, [])),
+            holds=_holds(sources.lingering, row.pid, promised.get(row.id, []), moment),
             # who waits for a server that is ready is about to use it
             busy=max(row.leased, slots_busy(row)) + wanted[row.model_id],
             pinned=bool(spec and spec.pinned),
@@ -103,12 +120,14 @@ def _running(
         )
 
 
-def _holds(sources: Sources, pid: int | None, parts: list[AssignmentRow]) -> dict[str, Promise]:
-    gpus = {gpu.uuid: gpu for gpu in sources.view.gpus}
+def _holds(
+    lingering: Lingering, pid: int | None, parts: list[AssignmentRow], moment: Moment
+) -> dict[str, Promise]:
+    gpus = {gpu.uuid: gpu for gpu in moment.gpus}
     holds = {}
     for part in parts:
         gpu, reserved = gpus.get(part.gpu_uuid), part.reserved_bytes
-        visible = sources.lingering.visible_bytes(gpu, pid, reserved) if gpu else 0
+        visible = lingering.visible_bytes(gpu, pid, reserved) if gpu else 0
         holds[part.gpu_uuid] = Promise(reserved_bytes=reserved, visible_bytes=visible)
     return holds
 
@@ -123,11 +142,11 @@ def slots_busy(row: LiveServer) -> int:
 
 
 def _waiting(
-    sources: Sources, live: list[LiveServer], demands: list[Demand], now: float
+    sources: Sources, live: list[LiveServer], demands: list[Demand], moment: Moment
 ) -> Iterator[WaitingLoad]:
     up = {row.model_id for row in live}
     waiting: dict[str, WaitingLoad] = {}
-    for model_id, asked_at in _wanted(sources, demands, now):
+    for model_id, asked_at in _wanted(sources, demands, moment.now):
         if model_id in up:
             continue
         if model_id in waiting:
@@ -141,12 +160,12 @@ def _waiting(
                 asked_at=asked_at,
                 requests=1,
                 need=shortage.ask(sources.ahead, sources.tools, sources.shortages, spec).need,
-                policy=needs.policy_of(sources.view.gpus, spec),
+                policy=needs.policy_of(moment.gpus, spec),
             )
         except NotYet:
             continue
         except SmartProxyError as error:
-            _refuse_unreadable(sources, model_id, demands, error, now)
+            _refuse_unreadable(sources, model_id, demands, error, moment.now)
     yield from waiting.values()
 
 

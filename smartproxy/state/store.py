@@ -218,9 +218,8 @@ class Store:
         offset_s = self._offset_s
         if offset_s is None:
             with contextlib.suppress(StateError), our_errors():
-                self.connection()
-            offset_s = self._offset_s
-        # the file is not there yet, so that there is nothing to compare with either
+                self._offset_s = offset_s = clock.offset_s(self.connection())
+        # the manager has not made the file yet, so that there is nothing to compare with either
         return time.time() if offset_s is None else offset_s + time.monotonic()
 
     def close(self) -> None:

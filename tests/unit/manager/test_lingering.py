@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from smartproxy.config.settings import ModelSettings, Settings
 from smartproxy.gpus.types import GpuProcess, GpuSnapshot
+from smartproxy.manager import use
+from smartproxy.manager.context import Ahead, Preload
 from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.lingering import PATIENCE_S, Lingering
+from smartproxy.manager.shortage import Shortages
+from smartproxy.manager.snapshot import Sources
+from smartproxy.manager.snapshot import snapshot as manager_snapshot
 from smartproxy.planner.ledger import open_ledger
 from smartproxy.planner.types import RunningServer
 from smartproxy.state import servers as server_rows
@@ -79,7 +87,7 @@ def look(world: World, seen: GpuSnapshot) -> None:
     """Do what a pass of the manager does with a new look."""
     world.view.seen = seen
     live = server_rows.live_servers(world.store)
-    world.lingering.note_others(live, assignments(world.store))
+    world.lingering.note_others(live, assignments(world.store), world.view.seen)
 
 
 def ended(world: World, *looks: GpuSnapshot) -> int:
@@ -95,7 +103,9 @@ def held(world: World, seen: GpuSnapshot | None = None) -> list[RunningServer]:
     if seen is not None:
         look(world, seen)
     assert world.view.seen is not None
-    return world.lingering.still_held(set(), max(ENDED_AT, world.view.seen.observed_at))
+    return world.lingering.still_held(
+        set(), world.view.seen, max(ENDED_AT, world.view.seen.observed_at)
+    )
 
 
 def test_until_a_look_after_its_end_a_server_counts_as_stopping(world: World) -> None:
@@ -149,7 +159,7 @@ def test_one_end_after_another_is_not_taken_for_somebody_else_s_memory(world: Wo
 
 def test_a_row_that_still_says_it_lives_is_not_told_twice(world: World) -> None:
     server_id = ended(world, seen(ENDED_AT - 1, 7, p11=6, p22=1))
-    assert world.lingering.still_held({server_id}, ENDED_AT) == []
+    assert world.lingering.still_held({server_id}, world.view.seen, ENDED_AT) == []
     assert world.lingering.waits_for(server_id)
 
 
@@ -186,3 +196,53 @@ def test_a_server_on_the_cpu_leaves_nothing_to_wait_for(world: World) -> None:
     )
     world.lingering.note_end(server_id, ENDED_AT)
     assert not world.lingering.waits_for(server_id)
+
+
+class Moving(GpuView):
+    """A view whose look changes between two questions, as a look in another thread does."""
+
+    def __init__(self, *looks: GpuSnapshot) -> None:
+        self.looks = list(looks)
+        super().__init__(lambda: None)
+
+    @property
+    def seen(self) -> GpuSnapshot | None:  # type: ignore[override]
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+    @seen.setter
+    def seen(self, look: GpuSnapshot | None) -> None:
+        """It has its own."""
+
+
+@pytest.mark.parametrize("before", range(1, 5))
+def test_a_look_in_the_middle_of_a_pass_does_not_lose_what_comes_back(
+    world: World, before: int
+) -> None:
+    """The old look has its memory as used; by a new one it is back, so nobody would wait for it."""
+    old, new = seen(ENDED_AT - 1, 7, p11=6, p22=1), seen(ENDED_AT + 1, 1, p22=1)
+    server_id = ended(world, old)
+    for states in [("starting", "ready"), ("ready", "draining"), ("draining", "stopping")]:
+        step = [ServerState(state) for state in states]
+        server_rows.transition(world.store, server_id, *step, now=ENDED_AT, reason="")
+    server_rows.transition(
+        *(world.store, server_id, ServerState.STOPPING, ServerState.STOPPED),
+        now=ENDED_AT,
+        reason="",
+    )
+    settings: Any = Settings(models={"m": ModelSettings(path=Path("m.gguf"))})
+    binary: Any = SimpleNamespace(build="1")
+    tools: Any = SimpleNamespace(store=world.store, settings=settings, binary=binary)
+    view = Moving(*[old] * before, new)
+    world.lingering.view = view
+    sources = Sources(
+        tools=tools,
+        view=view,
+        lingering=world.lingering,
+        shortages=Shortages(Preload([])),
+        ahead=Ahead(lambda: None),
+        recent=use.load(world.store, ENDED_AT),
+    )
+    taken = manager_snapshot(sources, [], ENDED_AT + 1)
+    assert taken.gpus is not None
+    coming = [server for server in taken.servers if server.holds]
+    assert (taken.gpus[0].used_bytes == 7 * GIB) == bool(coming)

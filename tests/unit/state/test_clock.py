@@ -47,6 +47,17 @@ def test_a_store_without_a_file_tells_the_wall_clocks_time(path: Path) -> None:
     assert store.now() == pytest.approx(time.time() - 3600, abs=60)
 
 
+def test_a_store_that_opens_the_file_while_it_is_made_tells_its_time_later(path: Path) -> None:
+    migrate.create(path)[0].close_all()
+    with closing(connect(path)) as connection:
+        connection.execute("DELETE FROM clock")
+        store = Store(path)
+        assert store.now() == pytest.approx(time.time(), abs=60)
+        clock.set_for_this_boot(connection)
+    set_back(path, 3600)
+    assert store.now() == pytest.approx(time.time() - 3600, abs=60)
+
+
 def test_after_a_boot_nobody_of_before_holds_or_wants_anything(path: Path) -> None:
     store, _ = migrate.create(path)
     new = NewServer(
