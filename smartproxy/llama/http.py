@@ -38,16 +38,22 @@ def healthy(port: int) -> bool:
 SLOTS_TIMEOUT_S = 2.0
 
 
-def slots_busy(port: int, api_key: str) -> int:
-    """Return how many slots a server is using; 0 when it does not say."""
+def slots_busy(port: int, api_key: str) -> int | None:
+    """Return how many slots a server is using; None when it does not answer. Blocks up to 2 s.
+
+    A build that keeps no such list answers with an error: then 0.
+    """
     try:
         answer = requests.get(
             f"http://127.0.0.1:{port}/slots",
             headers={"Authorization": f"Bearer {api_key}"},
             timeout=SLOTS_TIMEOUT_S,
         )
+    except requests.RequestException:
+        return None
+    try:
         return sum(bool(slot.get("is_processing")) for slot in answer.json())
-    except (requests.RequestException, ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         return 0
 
 

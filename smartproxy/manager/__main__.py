@@ -4,8 +4,8 @@
 full stop: requests finish, then every llama-server ends; a second one ends them at once. SIGTERM
 leaves and keeps the llama-servers for the next manager, which adopts them. SIGHUP means reload.
 
-Exit codes: 0 stopped on request, 2 bad configuration, 3 another manager has this state directory,
-4 the state file vanished under us.
+Exit codes: 0 stopped on request, 1 something failed (the log says what), 2 bad configuration,
+3 another manager has this state directory, 4 the state file vanished under us.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from smartproxy.state.store import Store
 
 logger = logging.getLogger("smartproxy.manager")  # __name__ is __main__ here
 
-EXIT_CONFIG, EXIT_LOCKED, EXIT_STATE_LOST = 2, 3, 4
+EXIT_FAILED, EXIT_CONFIG, EXIT_LOCKED, EXIT_STATE_LOST = 1, 2, 3, 4
 HEARTBEAT_S = 1.0
 #: how often the whole state file is read to see whether it is damaged
 CHECK_S = 10
@@ -84,6 +84,11 @@ def main() -> int:
     except ConfigError as error:
         logger.error("%s", error)
         return EXIT_CONFIG
+    except StateError as error:
+        logger.error("the state file can't be used: %s", error)
+    except Exception:  # the process boundary
+        logger.exception("the manager failed")
+    _exit(EXIT_FAILED)
 
 
 def _run(settings: Settings, orders: Orders) -> NoReturn:
@@ -169,9 +174,15 @@ def _serve(manager: Manager, doorbell: Doorbell, orders: Orders) -> NoReturn:
         logger.warning("a call to NVML hangs: leaving without waiting for it")
     if code == 0:
         _sign_off(tools.store)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """End without waiting for threads, as Python would: one may watch a load for half an hour.
+
+    What a thread had begun, the next manager carries on, as after a crash.
+    """
     logging.shutdown()
-    # Python would wait for every thread: for one that watches a load for half an hour, too. What a
-    # thread had begun, the next manager carries on, as after a crash
     os._exit(code)
 
 

@@ -6,6 +6,8 @@ in threads; what begins them is the main loop's, as is to notice the ends that n
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,11 @@ from smartproxy.manager.lingering import Lingering
 from smartproxy.state import servers as server_rows
 from smartproxy.types import ServerState
 
+logger = logging.getLogger(__name__)
+
 DRAIN_LOOK_EVERY_S = 0.02
+#: a draining server that says for so long nothing of its slots is ended all the same: it hangs
+SILENT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +44,15 @@ def on_server(ending: Ending, server_id: int, work: Callable[..., None], *args: 
     """Have a thread carry a server on: `work(ending, server_id, *args)`.
 
     While it runs the server is its own. One that ends with an error (the state file could not be
-    written) leaves a row that the next pass gives to another thread (adopt.carry_on).
+    written), or can't be started, leaves a row that a later pass gives to another thread
+    (adopt.carry_on).
     """
-    ending.children.begin(server_id)
+    #: held by whoever has the work: a pool that can't start a thread may still run it later
+    mine = threading.Lock()
 
     def owned() -> None:
+        if not mine.acquire(blocking=False):
+            return
         failed = True
         try:
             work(ending, server_id, *args)
@@ -51,7 +61,13 @@ def on_server(ending: Ending, server_id: int, work: Callable[..., None], *args: 
             ending.children.end(server_id, failed=failed)
             ending.tools.poke()
 
-    in_thread(ending.tools, owned)
+    ending.children.begin(server_id)
+    try:
+        in_thread(ending.tools, owned)
+    except RuntimeError as error:
+        if mine.acquire(blocking=False):
+            logger.warning("server %d must wait for a thread: %s", server_id, error)
+            ending.children.end(server_id, failed=True)
 
 
 def drain(ending: Ending, server_id: int, *, only_if_idle: bool = False) -> None:
@@ -59,6 +75,7 @@ def drain(ending: Ending, server_id: int, *, only_if_idle: bool = False) -> None
 
     only_if_idle: what turns out to be in use stays; who wanted its place chooses anew.
     """
+    heard_at = time.monotonic()
     while True:
         row = next(
             (r for r in server_rows.live_servers(ending.tools.store) if r.id == server_id), None
@@ -67,10 +84,13 @@ def drain(ending: Ending, server_id: int, *, only_if_idle: bool = False) -> None
             return  # it died, or a full stop took over
         # leases are ours; what nginx carries only the server itself knows
         slots = slots_busy(row.port, row.api_key)
-        if not row.leased and not slots:
+        if slots is not None:
+            heard_at = time.monotonic()
+        hangs = time.monotonic() - heard_at > SILENT_S
+        if not row.leased and (slots == 0 or hangs):
             break
-        if only_if_idle:
-            _keep(ending.tools, server_id, slots)
+        if only_if_idle and (slots or row.leased):
+            _keep(ending.tools, server_id, slots or 0)
             return
         time.sleep(DRAIN_LOOK_EVERY_S)
     if server_rows.transition(

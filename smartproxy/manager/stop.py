@@ -68,9 +68,10 @@ def _tell_waiting(store: Store, until: float) -> None:
     left_s = until - time.monotonic()
     for row in server_rows.live_servers(store):
         if row.state == ServerState.DRAINING and left_s > 0:
+            busy = max(row.leased, slots_busy(row.port, row.api_key) or 0)
             logger.info(
                 "stopping: waiting for %d requests on model '%s', at most %.0f s more",
-                *(slots_busy(row.port, row.api_key), row.model_id, left_s),
+                *(busy, row.model_id, left_s),
             )
         else:
             logger.info(

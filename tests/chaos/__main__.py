@@ -52,14 +52,16 @@ def main() -> int:
     if options.not_yet:
         faults = iter([FAULTS[name] for name in NOT_YET])
     report = Report(options.seed, {**this_machine(), "commit": commit(), "known": len(FAULTS)})
-    with tempfile.TemporaryDirectory(prefix="chaos-") as name, machine(Path(name)) as made:
-        driver = Driver(made, report, random.Random(options.seed))
-        with contextlib.suppress(KeyboardInterrupt):
-            driver.run(islice(faults, options.most), time.monotonic() + options.minutes * 60)
-    if options.json:
-        options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-    print(report.table())
-    print(report.complaints())
+    try:
+        with tempfile.TemporaryDirectory(prefix="chaos-") as name, machine(Path(name)) as made:
+            driver = Driver(made, report, random.Random(options.seed))
+            with contextlib.suppress(KeyboardInterrupt):
+                driver.run(islice(faults, options.most), time.monotonic() + options.minutes * 60)
+    finally:  # also where the machine could not be set up again after a fault
+        if options.json:
+            options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        print(report.table())
+        print(report.complaints())
     return 0 if report.clean else 1
 
 

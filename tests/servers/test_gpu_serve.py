@@ -43,11 +43,16 @@ def wait_gpu(proxy: Proxy, uuid: str, state: str) -> None:
     wait_until(lambda: gpus(proxy).get(uuid, {}).get("state") == state, what=f"{uuid} {state}")
 
 
-def placed_on(proxy: Proxy, model: str) -> list[str]:
-    """Return the uuids of the GPUs that a model's live server is on; [] is the CPU."""
-    (server,) = (s for s in proxy.health()["servers"] if s["model_id"] == model)
-    uuids: list[str] = (server["gpu_assignment"] or {"gpu_uuids": []})["gpu_uuids"]
-    return uuids
+def placed_on(proxy: Proxy, model: str) -> list[str] | None:
+    """Return the uuids of the GPUs that a model's live server is on; [] is the CPU.
+
+    None: it has no server in this moment.
+    """
+    for server in proxy.health()["servers"]:
+        if server["model_id"] == model:
+            uuids: list[str] = (server["gpu_assignment"] or {"gpu_uuids": []})["gpu_uuids"]
+            return uuids
+    return None
 
 
 def events(proxy: Proxy, like: str) -> list[str]:

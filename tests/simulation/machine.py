@@ -287,13 +287,13 @@ class Machine:
         server = self.on_port(port)
         return server is not None and server.ready
 
-    def slots_busy(self, port: int, api_key: str) -> int:
+    def slots_busy(self, port: int, api_key: str) -> int | None:
         self.scheduler.maybe_pause(0.5)
         if self.scheduler.chance(self.silent_share):
             self.scheduler.sleep(2.0)
-            return 0
+            return None
         server = self.on_port(port)
-        return server.busy if server is not None and server.ready else 0
+        return server.busy if server is not None and server.ready else None
 
     def counters(self, port: int, api_key: str) -> Counters | None:
         self.scheduler.pause()

@@ -169,9 +169,9 @@ class Reception:
         Asked at its deadline. now: monotonic.
         """
         fresh, self._fresh = self._fresh, False
-        if fresh:
-            return True
         upload = self._upload
+        if fresh and (self._buffer or upload):  # else it is that of the request before
+            return True
         if upload is None:
             if self._buffer:
                 self._refuse(RequestTooSlow("the request's head did not come to its end in time"))

@@ -41,7 +41,7 @@ from smartproxy.proxy.worker.uploads import LARGE_ROOM_BYTES, SMALL_ROOM_BYTES, 
 #: before the end of graceful_timeout (when the master kills) open streams get their final event
 FAREWELL_S = 2.0
 #: a stopping worker waits this long for a request that an idle client may just be sending
-IDLE_FAREWELL_S = 2.0
+IDLE_FAREWELL_S = 1.0
 TICK_S = 1.0
 STOPPING_TICK_S = 0.05
 #: how long a new connection is left to a worker that has fewer

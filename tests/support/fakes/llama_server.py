@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -S
 """A stand-in llama-server: the real one's manners without a model, and bad manners on request.
 
 Run in place of the binary (configuration key `llama_server`); standard library only, ready in
