@@ -74,11 +74,15 @@ class Watcher:
         #: the last mode that was logged; written by look
         self._told: str | None = None
         self._looking = threading.Lock()
+        #: written under the lock, by close
+        self._closed = False
 
     def look(self) -> None:
         """Take a snapshot, write it down, and wake the planner when what it may use changed."""
         store = self._tools.store
         with self._looking:
+            if self._closed:
+                return
             began = store.now()
             seen = replace(self._seen(), observed_at=began)
         self._tell(seen)
@@ -111,6 +115,8 @@ class Watcher:
         """Shut NVML down. False: one of its calls hangs, so only the end of the process can."""
         if not self._looking.acquire(timeout=CLOSE_PATIENCE_S):
             return False
+        self._closed = True
         if self._observer is not None:
             self._observer.close()
+        self._looking.release()
         return True
