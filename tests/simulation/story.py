@@ -132,7 +132,7 @@ class Story:
         """Write a demand of a person's, as the API does."""
         assert self.store is not None
         demand_id = demand_rows.ask(
-            self.store, kind, model, self.workers[0].name, now=self.scheduler.time(), explicit=True
+            self.store, kind, model, self.workers[0].name, now=self.store.now(), explicit=True
         )
         self.machine.poke("", kind.encode())
         return demand_id
