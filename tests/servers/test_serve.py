@@ -11,8 +11,10 @@ import stat
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -34,19 +36,61 @@ def code_of(answer: requests.Response) -> str:
     return code
 
 
-def starts(proxy: Proxy) -> int:
-    return len(proxy.rows("SELECT 1 FROM events WHERE message LIKE '%starting model=%'"))
+def starts(proxy: Proxy, model: str = "") -> int:
+    return len(proxy.rows(f"SELECT 1 FROM events WHERE message LIKE '%starting model={model}%'"))
+
+
+def reason_of(proxy: Proxy, model: str) -> str:
+    rows = proxy.rows(f"SELECT reason FROM servers WHERE model_id = '{model}'")
+    reason: str = rows[0]["reason"]
+    return reason
+
+
+def demands_for(proxy: Proxy, model: str) -> list[dict[str, Any]]:
+    return proxy.rows(f"SELECT * FROM demands WHERE model_id = '{model}'")
+
+
+def servers_of(proxy: Proxy, model: str) -> list[psutil.Process]:
+    argv = f"--alias {model} "
+    return [each for each in proxy.llama_servers() if argv in " ".join(each.cmdline()) + " "]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """A proxy for tests that change nothing of it: each has a model of its own."""
+    folder = tmp_path_factory.mktemp("shared")
+    models = {
+        "waited-for": fake_model(load_s=0.5),
+        "too-big": fake_model(fail_load="oom"),
+        "org/m": fake_model(),
+        "unloaded": fake_model(),
+        "stubborn": fake_model(ignore_term=2),
+        "never": fake_model(silent_load=1),
+        "left": fake_model(),
+        "killed": fake_model(),
+        "dies-once": fake_model(crash_on_request=1, once=folder / "died"),
+        "dies": fake_model(crash_on_request=1),
+        "dies-late": fake_model(crash_mid_stream=2),
+        "gone": {"path": "nowhere/gone.gguf"},
+        "m": fake_model(),
+        "aborts-once": fake_model(fail_load="abort", once=folder / "aborted"),
+        "aborts": fake_model(fail_load="abort"),
+    }
+    pool = {"size": 16, "port_start": free_pool(16)}
+    settings = {"max_body_mb": 1, "default_model": "m", "server_pool": pool}
+    with running(folder, models, **settings) as proxy:
+        yield proxy
 
 
 # --- loading ---------------------------------------------------------------------------------
 
 
-def test_many_waiting_requests_cause_one_load_and_are_all_answered(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model(load_s=0.5)}) as proxy, ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda _: proxy.chat("m"), range(12)))
+def test_many_waiting_requests_cause_one_load_and_are_all_answered(shared: Proxy) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: shared.chat("waited-for"), range(12)))
         assert [a.status_code for a in answers] == [200] * 12
-        assert starts(proxy) == 1
-        assert proxy.rows("SELECT * FROM demands") == []
+        assert starts(shared, "waited-for") == 1
+        assert demands_for(shared, "waited-for") == []
 
 
 def test_loaded_models_are_served_while_another_loads(tmp_path: Path) -> None:
@@ -63,19 +107,17 @@ def test_loaded_models_are_served_while_another_loads(tmp_path: Path) -> None:
         assert waiting.result().json()["error"]["code"] == "shutting_down"
 
 
-def test_a_failed_load_is_answered_with_its_log_line_and_not_retried_blindly(
-    tmp_path: Path,
-) -> None:
-    with running(tmp_path, {"m": fake_model(fail_load="oom")}) as proxy:
-        first, second = proxy.chat("m"), proxy.chat("m")
-        assert (first.status_code, code_of(first)) == (503, "model_load_failed")
-        assert "out of memory" in first.json()["error"]["message"]
-        assert second.json() == first.json()
-        assert starts(proxy) == 1
-        health = proxy.health()
-        assert health["status"] == "degraded"
-        assert "out of memory" in health["reasons"][0]
-        assert health["servers"][0]["status"] == "error"
+def test_a_failed_load_is_answered_with_its_log_line_and_not_retried_blindly(shared: Proxy) -> None:
+    first, second = shared.chat("too-big"), shared.chat("too-big")
+    assert (first.status_code, code_of(first)) == (503, "model_load_failed")
+    assert "out of memory" in first.json()["error"]["message"]
+    assert second.json() == first.json()
+    assert starts(shared, "too-big") == 1
+    health = shared.health()
+    assert health["status"] == "degraded"
+    assert any("out of memory" in reason for reason in health["reasons"])
+    (server,) = (one for one in health["servers"] if one["model_id"] == "too-big")
+    assert server["status"] == "error"
 
 
 def test_a_load_without_progress_ends_at_the_stall_timeout(tmp_path: Path) -> None:
@@ -175,101 +217,94 @@ def test_preload_loads_at_start(tmp_path: Path) -> None:
         wait_state(proxy, "m", "ready")
 
 
-def test_load_and_unload_by_api(tmp_path: Path) -> None:
-    with running(tmp_path, {"org/m": fake_model()}) as proxy:
-        loaded = proxy.post("/api/models/org/m/load", timeout_s=30)
-        assert (loaded.status_code, loaded.json()["status"]) == (200, "ready")
-        unloaded = proxy.post("/api/models/org/m/unload", timeout_s=30)
-        assert (unloaded.status_code, unloaded.json()["status"]) == (200, "unloaded")
-        assert proxy.llama_servers() == []
+def test_load_and_unload_by_api(shared: Proxy) -> None:
+    loaded = shared.post("/api/models/org/m/load", timeout_s=30)
+    assert (loaded.status_code, loaded.json()["status"]) == (200, "ready")
+    unloaded = shared.post("/api/models/org/m/unload", timeout_s=30)
+    assert (unloaded.status_code, unloaded.json()["status"]) == (200, "unloaded")
+    assert servers_of(shared, "org/m") == []
 
 
-def test_unloading_waits_for_requests_in_flight(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model()}) as proxy, ThreadPoolExecutor(1) as pool:
-        stream = Streaming(proxy, "m", chunks=60)
-        done = pool.submit(proxy.post, "/api/models/m/unload", timeout_s=30)
-        wait_state(proxy, "m", "draining")
+def test_unloading_waits_for_requests_in_flight(shared: Proxy) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        stream = Streaming(shared, "unloaded", chunks=60)
+        done = pool.submit(shared.post, "/api/models/unloaded/unload", timeout_s=30)
+        wait_state(shared, "unloaded", "draining")
         assert [line for line in stream.lines if line][-1] == b"data: [DONE]"
         assert done.result().status_code == 200
 
 
-def test_a_server_that_ignores_term_is_killed_in_the_end(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model(ignore_term=2)}) as proxy:
-        assert proxy.chat("m").status_code == 200
-        proxy.post("/api/models/m/unload", timeout_s=30)
-        assert "killed" in proxy.rows("SELECT reason FROM servers")[0]["reason"]
-        assert proxy.llama_servers() == []
+def test_a_server_that_ignores_term_is_killed_in_the_end(shared: Proxy) -> None:
+    assert shared.chat("stubborn").status_code == 200
+    shared.post("/api/models/stubborn/unload", timeout_s=30)
+    assert "killed" in reason_of(shared, "stubborn")
+    assert servers_of(shared, "stubborn") == []
 
 
 # --- clients that go -------------------------------------------------------------------------
 
 
-def test_a_client_that_goes_while_loading_leaves_the_queue(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model(silent_load=1)}) as proxy:
-        client = socket.create_connection(("127.0.0.1", proxy.port))
-        body = json.dumps({"model": "m", "messages": []}).encode()
-        client.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-        )
-        wait_until(lambda: proxy.rows("SELECT 1 FROM demands"), what="it waits")
-        client.close()
-        wait_until(lambda: not proxy.rows("SELECT 1 FROM demands"), what="it left the queue")
+def test_a_client_that_goes_while_loading_leaves_the_queue(shared: Proxy) -> None:
+    client = socket.create_connection(("127.0.0.1", shared.port))
+    body = json.dumps({"model": "never", "messages": []}).encode()
+    client.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
+    wait_until(lambda: demands_for(shared, "never"), what="it waits")
+    client.close()
+    wait_until(
+        lambda: not demands_for(shared, "never"),
+        what="it left the queue",
+    )
 
 
-def test_a_client_that_goes_frees_its_slot(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model()}) as proxy:
-        stream = Streaming(proxy, "m")
-        row = proxy.rows("SELECT port, api_key FROM servers")[0]
+def test_a_client_that_goes_frees_its_slot(shared: Proxy) -> None:
+    stream = Streaming(shared, "left")
+    row = shared.rows("SELECT port, api_key FROM servers WHERE model_id = 'left'")[0]
 
-        def busy() -> int:
-            slots = requests.get(
-                f"http://127.0.0.1:{row['port']}/slots",
-                headers={"Authorization": f"Bearer {row['api_key']}"},
-                timeout=5,
-            ).json()
-            return sum(slot["is_processing"] for slot in slots)
+    def busy() -> int:
+        slots = requests.get(
+            f"http://127.0.0.1:{row['port']}/slots",
+            headers={"Authorization": f"Bearer {row['api_key']}"},
+            timeout=5,
+        ).json()
+        return sum(slot["is_processing"] for slot in slots)
 
-        assert busy() == 1
-        stream.close()
-        wait_until(lambda: busy() == 0, what="the slot is free")
-        wait_until(lambda: not proxy.rows("SELECT 1 FROM leases WHERE in_flight"), what="no lease")
+    assert busy() == 1
+    stream.close()
+    wait_until(lambda: busy() == 0, what="the slot is free")
+    wait_until(lambda: not shared.rows("SELECT 1 FROM leases WHERE in_flight"), what="no lease")
 
 
 # --- surviving -------------------------------------------------------------------------------
 
 
-def test_a_killed_llama_server_is_noticed_and_its_model_loaded_again(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model()}) as proxy:
-        assert proxy.chat("m").status_code == 200
-        proxy.llama_servers()[0].kill()
-        wait_state(proxy, "m", "failed")
-        assert "SIGKILL" in proxy.rows("SELECT reason FROM servers")[0]["reason"]
-        assert proxy.chat("m").status_code == 200
+def test_a_killed_llama_server_is_noticed_and_its_model_loaded_again(shared: Proxy) -> None:
+    assert shared.chat("killed").status_code == 200
+    servers_of(shared, "killed")[0].kill()
+    wait_state(shared, "killed", "failed")
+    assert "SIGKILL" in reason_of(shared, "killed")
+    assert shared.chat("killed").status_code == 200
 
 
 def test_a_server_that_dies_on_a_request_is_replaced_and_the_request_answered(
-    tmp_path: Path,
+    shared: Proxy,
 ) -> None:
-    once = tmp_path / "once"
-    models = {"m": fake_model(crash_on_request=1, once=once)}
-    with running(tmp_path, models) as proxy:
-        assert proxy.chat("m").status_code == 200
-        assert starts(proxy) == 2
+    assert shared.chat("dies-once").status_code == 200
+    assert starts(shared, "dies-once") == 2
 
 
-def test_a_server_that_always_dies_on_a_request_is_a_502(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model(crash_on_request=1)}) as proxy:
-        answer = proxy.chat("m")
-        assert (answer.status_code, code_of(answer)) == (502, "backend_failed")
-        assert starts(proxy) == 2
+def test_a_server_that_always_dies_on_a_request_is_a_502(shared: Proxy) -> None:
+    answer = shared.chat("dies")
+    assert (answer.status_code, code_of(answer)) == (502, "backend_failed")
+    assert starts(shared, "dies ") == 2
 
 
-def test_a_server_that_dies_in_a_stream_ends_it_with_an_error_event(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model(crash_mid_stream=2)}) as proxy:
-        answer = proxy.chat("m", stream=True, max_tokens=50)
-        lines = [line for line in answer.iter_lines() if line]
-        assert json.loads(lines[-1].removeprefix(b"data: "))["error"]["code"] == "backend_failed"
+def test_a_server_that_dies_in_a_stream_ends_it_with_an_error_event(shared: Proxy) -> None:
+    answer = shared.chat("dies-late", stream=True, max_tokens=50)
+    lines = [line for line in answer.iter_lines() if line]
+    assert json.loads(lines[-1].removeprefix(b"data: "))["error"]["code"] == "backend_failed"
 
 
 def test_a_killed_manager_is_replaced_and_its_servers_adopted(tmp_path: Path) -> None:
@@ -381,10 +416,9 @@ def test_the_halves_run_by_themselves(tmp_path: Path) -> None:
 # --- the state file and the errors -----------------------------------------------------------
 
 
-def test_the_state_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model()}) as proxy:
-        for path in proxy.state_dir.glob("state.db*"):
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+def test_the_state_file_is_readable_by_its_owner_only(shared: Proxy) -> None:
+    for path in shared.state_dir.glob("state.db*"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
 def test_llama_servers_get_none_of_our_stray_variables_and_listen_on_loopback(
@@ -453,27 +487,22 @@ def test_keys_of_clients_and_of_operators(tmp_path: Path) -> None:
         assert status("POST", "/api/models/m/unload", "admin-key") == 200
 
 
-def test_a_missing_model_file_is_a_clear_error_and_stops_nobody_else(tmp_path: Path) -> None:
-    models = {"gone": {"path": "nowhere/gone.gguf"}, "m": fake_model()}
-    with running(tmp_path, models) as proxy:
-        answer = proxy.chat("gone")
-        assert (answer.status_code, code_of(answer)) == (503, "model_load_failed")
-        assert "gone.gguf" in answer.json()["error"]["message"]
-        assert proxy.chat("m").status_code == 200
-        listed = requests.get(f"{proxy.url}/v1/models", timeout=9).json()["data"]
-        assert {entry["id"]: entry["status"] for entry in listed} == {
-            "gone": "failed",
-            "m": "ready",
-        }
+def test_a_missing_model_file_is_a_clear_error_and_stops_nobody_else(shared: Proxy) -> None:
+    answer = shared.chat("gone")
+    assert (answer.status_code, code_of(answer)) == (503, "model_load_failed")
+    assert "gone.gguf" in answer.json()["error"]["message"]
+    assert shared.chat("m").status_code == 200
+    listed = requests.get(f"{shared.url}/v1/models", timeout=9).json()["data"]
+    states = {entry["id"]: entry["status"] for entry in listed}
+    assert (states["gone"], states["m"]) == ("failed", "ready")
 
 
-def test_a_request_that_names_no_model_goes_to_the_default(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model()}, default_model="m") as proxy:
-        answer = requests.post(
-            f"{proxy.url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=30
-        )
-        assert answer.status_code == 200
-        assert answer.json()["model"] == "m"
+def test_a_request_that_names_no_model_goes_to_the_default(shared: Proxy) -> None:
+    answer = requests.post(
+        f"{shared.url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=30
+    )
+    assert answer.status_code == 200
+    assert answer.json()["model"] == "m"
 
 
 def test_health_answers_while_every_thread_would_wait_for_a_load(tmp_path: Path) -> None:
@@ -544,13 +573,12 @@ def test_the_log_is_one_line_an_event_from_every_process(tmp_path: Path) -> None
         assert [line for line in lines if not shape.match(line)] == []
 
 
-def test_who_only_waits_carries_nothing_of_the_others(tmp_path: Path) -> None:
-    with running(tmp_path, {"m": fake_model()}) as proxy:
-        assert proxy.process
-        loaded = Path(f"/proc/{proxy.process.pid}/maps").read_text()
-        assert "pydantic_core" in loaded  # the configuration; else this looks in the wrong place
-        assert "numpy" not in loaded
-        assert "orjson" not in loaded
+def test_who_only_waits_carries_nothing_of_the_others(shared: Proxy) -> None:
+    assert shared.process
+    loaded = Path(f"/proc/{shared.process.pid}/maps").read_text()
+    assert "pydantic_core" in loaded  # the configuration; else this looks in the wrong place
+    assert "numpy" not in loaded
+    assert "orjson" not in loaded
 
 
 def test_the_port_must_not_be_one_of_the_servers(tmp_path: Path) -> None:
@@ -564,14 +592,9 @@ def test_the_port_must_not_be_one_of_the_servers(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_a_server_killed_while_loading_is_started_once_more(tmp_path: Path) -> None:
-    models = {
-        "once": fake_model(fail_load="abort", once=tmp_path / "once"),
-        "always": fake_model(fail_load="abort"),
-    }
-    with running(tmp_path, models) as proxy:
-        assert proxy.chat("once").status_code == 200
-        answer = proxy.chat("always")
-        assert (answer.status_code, code_of(answer)) == (503, "model_load_failed")
-        assert starts(proxy) == 2
-        assert proxy.log().count("is started once more") == 2
+def test_a_server_killed_while_loading_is_started_once_more(shared: Proxy) -> None:
+    assert shared.chat("aborts-once").status_code == 200
+    answer = shared.chat("aborts")
+    assert (answer.status_code, code_of(answer)) == (503, "model_load_failed")
+    assert (starts(shared, "aborts-once "), starts(shared, "aborts ")) == (1, 1)
+    assert shared.log().count("is started once more") == 2

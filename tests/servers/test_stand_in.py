@@ -29,6 +29,8 @@ CHAT = {
 }
 #: a request that lasts until somebody ends it
 LONG = {"prompt": "Count", "max_tokens": 100_000, "ignore_eos": True, "stream": True}
+#: tokens: the long request lasts a minute, however long a busy machine takes to look at it
+CONTEXT = 8192
 #: keeps the stand-in's long request about as slow as the real one's
 PACE = "token_s=0.02"
 
@@ -65,7 +67,7 @@ def start(server_kind: str, tmp_path: Path) -> Start:
 
 @pytest.fixture
 def server(start: Start) -> Iterator[Running]:
-    options = ["--alias", "small", "--ctx-size", "2048", "--parallel", "2", "--kv-unified"]
+    options = ["--alias", "small", "--ctx-size", str(CONTEXT), "--parallel", "2", "--kv-unified"]
     options += ["--metrics", "--fit", "off", "--no-webui", "--offline"]
     with start(*options, environment={"LLAMA_API_KEY": "secret"}) as started:
         yield started.wait_ready()
@@ -168,9 +170,13 @@ def test_errors_have_the_real_status_and_type(
 
 
 def test_prompt_over_the_context_is_refused_with_the_numbers(server: Running) -> None:
-    reply = server.post("/v1/completions", {"prompt": "hi " * 3000, "max_tokens": 1})
+    reply = server.post("/v1/completions", {"prompt": "hi " * 10_000, "max_tokens": 1})
     error = reply.json()["error"]
-    assert (reply.status, error["type"], error["n_ctx"]) == (400, "exceed_context_size_error", 2048)
+    assert (reply.status, error["type"], error["n_ctx"]) == (
+        400,
+        "exceed_context_size_error",
+        CONTEXT,
+    )
 
 
 def test_key_is_needed_except_for_health_and_models(server: Running) -> None:
@@ -189,7 +195,7 @@ def test_slots_show_work_and_a_client_that_leaves_frees_its_slot(server: Running
     assert {"id", "n_ctx", "speculative", "id_task", "params", "next_token"} <= set(busy)
     assert isinstance(busy["next_token"], list)
     connection.close()
-    wait_for(lambda: server.busy_slots() == 0, "a free slot", deadline_s=2)
+    wait_for(lambda: server.busy_slots() == 0, "a free slot", deadline_s=20)
 
 
 def test_client_that_leaves_a_plain_request_frees_its_slot(server: Running) -> None:
@@ -198,7 +204,7 @@ def test_client_that_leaves_a_plain_request_frees_its_slot(server: Running) -> N
     connection.close()
     # the real one looks for the client after each second without any result, and an answer to
     # /slots is one: asked every few ms, it would never notice
-    wait_for(lambda: server.busy_slots() == 0, "a free slot", deadline_s=8, every_s=1.3)
+    wait_for(lambda: server.busy_slots() == 0, "a free slot", deadline_s=30, every_s=1.3)
 
 
 def test_third_request_waits_for_one_of_two_slots(server: Running) -> None:
@@ -250,19 +256,25 @@ def test_idle_server_ends_well_on_sigterm(server: Running) -> None:
     assert server.end() == 0
 
 
-def test_second_sigterm_ends_a_busy_server_at_once(server: Running) -> None:
+def test_second_sigterm_ends_a_busy_server_at_once(server: Running, server_kind: str) -> None:
     connection = server.begin("/v1/completions", LONG)
-    wait_for(lambda: server.busy_slots() == 1, "a busy slot")
+    answer = connection.getresponse()
+    assert answer.readline()
     server.terminate()
     wait_for(lambda: "cleaning up before exit" in server.log.read_text(), "the first signal")
-    with pytest.raises(subprocess.TimeoutExpired):
-        server.end(0.5)
+    try:
+        assert server.end(0.5) == 0
+    except subprocess.TimeoutExpired:
+        pass
+    else:
+        assert server_kind == "real"  # one time in ten it does not wait for what is in flight
+        return
     assert server.status() == 0
     server.terminate()
     assert server.end() == 1
     assert "Received second interrupt, terminating immediately." in server.log.read_text()
-    with pytest.raises(HTTPException):
-        connection.getresponse().read()
+    with pytest.raises((HTTPException, ConnectionError)):
+        answer.read()
 
 
 def test_sigterm_while_loading_kills(start: Start) -> None:
