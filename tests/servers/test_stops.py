@@ -192,6 +192,8 @@ def test_serve_and_manager_killed_together_the_next_ones_take_over(tmp_path: Pat
         proxy.process.kill()
         proxy.process.wait(60)
         proxy.start()
+        # the old gunicorn may still answer /health while it ends
+        wait_until(lambda: proxy.log().count("supervisor serving on") == 2, what="it serves")
         assert proxy.chat("m").status_code == 200
         assert proxy.chat("n").status_code == 200
         assert server in [each.pid for each in proxy.llama_servers()]

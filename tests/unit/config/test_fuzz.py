@@ -54,7 +54,8 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 def changed(edits: list[tuple[int, str, Any]]) -> dict[str, Any]:
     whole = copy.deepcopy(REAL)
-    for number, how, strange in edits:
+    for number, how, drawn in edits:
+        strange = copy.deepcopy(drawn)  # the next edit may change what this one put in
         all_places = places(whole)
         if not all_places:
             break
