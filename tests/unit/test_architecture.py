@@ -74,3 +74,24 @@ def test_a_folder_says_what_it_knows_and_may_import(folder: str) -> None:
 
 def test_every_folder_is_a_package() -> None:
     assert [name for name in folders() if not Path(PACKAGE / name / "__init__.py").exists()] == []
+
+
+def defined_in(path: Path) -> set[str]:
+    """Return the functions and classes that a file defines, methods as `Class.method`."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+            found |= {
+                f"{node.name}.{inner.name}" for inner in ast.walk(node) if hasattr(inner, "name")
+            }
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), re.findall(r"`([\w/]+\.py):([\w.]+)`", PAGE.read_text(encoding="utf-8"))
+)
+def test_what_the_page_names_is_defined_there(file: str, name: str) -> None:
+    # in the way of a request, paths are below proxy/
+    path = next(place for place in (PACKAGE / file, PACKAGE / "proxy" / file) if place.exists())
+    assert name in defined_in(path)

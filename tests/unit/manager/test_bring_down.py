@@ -17,9 +17,9 @@ from smartproxy.manager.gpu_watch import GpuView
 from smartproxy.manager.lingering import Lingering
 from smartproxy.state import servers as server_rows
 from smartproxy.state.migrate import create
-from smartproxy.state.server_row import NewServer
 from smartproxy.state.store import Store
 from smartproxy.types import ServerState
+from tests.support.rows import put_server
 
 
 @pytest.fixture
@@ -36,30 +36,6 @@ def ending(store: Store, threads: Any = None) -> Ending:
         children=Children(),
         lingering=Lingering(store, GpuView(lambda: None)),
     )
-
-
-def draining(store: Store) -> int:
-    new = NewServer(
-        model_id="m",
-        port=8101,
-        api_key="k",
-        command="[]",
-        log_path="/log",
-        settings_key="s",
-        on_cpu_for_want_of_gpu=False,
-        context_size=4096,
-        parallel=1,
-        gpu_layers=0,
-        layer_count=2,
-        tensor_split="",
-        estimated_bytes=0,
-        host_estimated_bytes=0,
-    )
-    server_id = server_rows.insert_server(store, new, [], now=1.0, reason="test")
-    for before, after in [("starting", "ready"), ("ready", "draining")]:
-        states = ServerState(before), ServerState(after)
-        assert server_rows.transition(store, server_id, *states, now=2.0, reason="")
-    return server_id
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, *slots: int | None) -> list[int | None]:
@@ -79,7 +55,7 @@ def test_a_drain_waits_for_a_server_that_does_not_answer(
     store: Store, monkeypatch: pytest.MonkeyPatch, only_if_idle: bool
 ) -> None:
     asked = answers(monkeypatch, None, None, None, 0)
-    server_id = draining(store)
+    server_id = put_server(store, "ready", "draining")
     drain(ending(store), server_id, only_if_idle=only_if_idle)
     assert asked == [None, None, None, 0]
     assert server_rows.server(store, server_id).state == ServerState.STOPPED
@@ -90,7 +66,7 @@ def test_a_server_that_is_silent_for_long_is_ended(
 ) -> None:
     monkeypatch.setattr(bring_down, "SILENT_S", 0.1)
     answers(monkeypatch, None)
-    server_id = draining(store)
+    server_id = put_server(store, "ready", "draining")
     drain(ending(store), server_id)
     assert server_rows.server(store, server_id).state == ServerState.STOPPED
 
@@ -99,7 +75,7 @@ def test_a_server_that_was_silent_and_is_in_use_is_kept(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = answers(monkeypatch, None, 2)
-    server_id = draining(store)
+    server_id = put_server(store, "ready", "draining")
     drain(ending(store), server_id, only_if_idle=True)
     assert asked == [None, 2]
     assert server_rows.server(store, server_id).state == ServerState.READY

@@ -21,10 +21,10 @@ from smartproxy.manager.lingering import Lingering
 from smartproxy.manager.shortage import Shortages
 from smartproxy.state import servers as server_rows
 from smartproxy.state.migrate import create
-from smartproxy.state.server_row import NewServer
 from smartproxy.state.store import Store
 from smartproxy.types import ServerState
 from tests.support.ports import free_port
+from tests.support.rows import put_server
 
 #: of a process that is no more: start ticks are never 0
 GONE = Child(pid=1, start_ticks=0)
@@ -50,20 +50,8 @@ class Scene:
 
     def server(self, *states: ServerState) -> int:
         """Return a server whose process ended, moved through these states."""
-        new = NewServer(
-            model_id="m",
-            port=free_port(),
-            api_key="",
-            command="[]",
-            log_path="/nonexistent",
-            settings_key="",
-        )
-        server_id = server_rows.insert_server(self.store, new, [], now=1.0, reason="test")
+        server_id = put_server(self.store, *states, port=free_port(), log_path="/nonexistent")
         self.children.add(server_id, GONE)
-        before = ServerState.STARTING
-        for state in states:
-            assert server_rows.transition(self.store, server_id, before, state, now=2.0, reason="")
-            before = state
         return server_id
 
     def resume(self, server_id: int) -> ServerState:

@@ -24,9 +24,9 @@ from smartproxy.planner.types import RunningServer
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import NewAssignment, assignments
 from smartproxy.state.migrate import create
-from smartproxy.state.server_row import NewServer
 from smartproxy.state.store import Store
 from smartproxy.types import GIB, ServerState
+from tests.support.rows import new_server
 from tests.support.worlds import gpu, snapshot
 
 ENDED_AT = 1000.0
@@ -62,25 +62,13 @@ def loaded(world: World, model_id: str = "m", *, pid: int = OURS) -> int:
     """Return a server of ours with 6 GB promised that has long been ready."""
     server_id = server_rows.insert_server(
         world.store,
-        new_server(model_id, pid),
+        new_server(model_id, 8000 + pid, pid=pid),
         [NewAssignment(gpu_uuid="GPU-0", gpu_index=0, estimated_bytes=6 * GIB)],
         now=ENDED_AT - 510,
         reason="a test",
     )
     server_rows.update_server(world.store, server_id, ready_at=ENDED_AT - 500)
     return server_id
-
-
-def new_server(model_id: str, pid: int) -> NewServer:
-    return NewServer(
-        model_id=model_id,
-        port=8000 + pid,
-        api_key="",
-        command="[]",
-        log_path="",
-        settings_key="",
-        pid=pid,
-    )
 
 
 def look(world: World, seen: GpuSnapshot) -> None:
@@ -189,7 +177,7 @@ def test_a_server_on_the_cpu_leaves_nothing_to_wait_for(world: World) -> None:
     world.view.seen = seen(ENDED_AT - 1, 0)
     server_id = server_rows.insert_server(
         world.store,
-        new_server("m", OURS),
+        new_server(pid=OURS),
         [],
         now=ENDED_AT - 510,
         reason="a test",

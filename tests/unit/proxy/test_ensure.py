@@ -14,11 +14,9 @@ import pytest
 from smartproxy.catalog.live import Live
 from smartproxy.config.load import load_settings
 from smartproxy.proxy.ensure import Broker
-from smartproxy.state import servers as server_rows
 from smartproxy.state.migrate import create
-from smartproxy.state.server_row import NewServer
 from smartproxy.state.store import Store
-from smartproxy.types import ServerState
+from tests.support.rows import put_server
 from tests.support.running import fake_model
 
 
@@ -58,7 +56,7 @@ def test_a_client_that_goes_when_its_lease_is_written_leaves_none(
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"models": {"m": fake_model()}}))
-    server_id = ready_server(store)
+    server_id = put_server(store, "ready")
     broker = Broker(store, Live(load_settings(path)))
 
     async def story() -> None:
@@ -84,7 +82,7 @@ def test_a_ready_server_is_used_also_when_no_lease_can_be_written(
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"models": {"m": fake_model()}}))
-    server_id = ready_server(store)
+    server_id = put_server(store, "ready")
     broker = Broker(store, Live(load_settings(path)))
 
     async def story() -> None:
@@ -105,7 +103,7 @@ def test_a_ready_server_is_used_also_when_no_lease_can_be_written(
 def test_what_could_not_be_given_back_is_given_back_later(tmp_path: Path, store: Store) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"models": {"m": fake_model()}}))
-    server_id = ready_server(store)
+    server_id = put_server(store, "ready")
     broker = Broker(store, Live(load_settings(path)))
 
     async def story() -> None:
@@ -134,23 +132,6 @@ def test_what_could_not_be_given_back_is_given_back_later(tmp_path: Path, store:
                 await asyncio.sleep(0.005)
 
     asyncio.run(story())
-
-
-def ready_server(store: Store) -> int:
-    """Write a server of model m that is ready; returns its id."""
-    new = NewServer(
-        model_id="m",
-        port=18080,
-        api_key="key",
-        command="[]",
-        log_path="log",
-        settings_key="",
-    )
-    server_id = server_rows.insert_server(store, new, (), now=1.0, reason="a test's")
-    assert server_rows.transition(
-        store, server_id, ServerState.STARTING, ServerState.READY, now=2.0, reason="a test's"
-    )
-    return server_id
 
 
 def in_flight(store: Store, server_id: int) -> bool:

@@ -10,8 +10,8 @@ import pytest
 
 from smartproxy.state import clock, demands, leases, migrate
 from smartproxy.state import servers as server_rows
-from smartproxy.state.server_row import NewServer
 from smartproxy.state.store import Store, connect
+from tests.support.rows import put_server
 
 
 @pytest.fixture
@@ -60,14 +60,8 @@ def test_a_store_that_opens_the_file_while_it_is_made_tells_its_time_later(path:
 
 def test_after_a_boot_nobody_of_before_holds_or_wants_anything(path: Path) -> None:
     store, _ = migrate.create(path)
-    new = NewServer(
-        model_id="m", port=9000, api_key="k", command="[]", log_path="l", settings_key="",
-        pid=1, pid_start_ticks=7,
-    )  # fmt: skip
-    server_id = server_rows.insert_server(store, new, [], now=store.now(), reason="a test's")
+    server_id = put_server(store, "ready", pid=1, pid_start_ticks=7)
     demands.ask(store, "load", "m", "1:2", now=store.now())
-    with store.write() as connection:
-        connection.execute("UPDATE servers SET state = 'ready'")
     assert leases.take_lease(store, "1:2", server_id, now=store.now())
     with store.write() as connection:
         connection.execute("UPDATE clock SET boot_id = 'another', offset_s = 0")

@@ -18,9 +18,9 @@ from smartproxy.state.manager_row import pause, resume
 from smartproxy.state.measurements import MeasurementRow
 from smartproxy.state.migrate import create
 from smartproxy.state.models import FileRow, ModelRow
-from smartproxy.state.server_row import NewServer
 from smartproxy.state.store import Store
 from smartproxy.types import ServerState
+from tests.support.rows import new_server
 
 CARD = Gpu(
     index=0,
@@ -43,16 +43,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def start(store: Store, model_id: str = "m", port: int = 9000) -> int:
-    new = NewServer(
-        model_id=model_id,
-        port=port,
-        api_key="key",
-        command="[]",
-        log_path="m.log",
-        settings_key="k",
-        on_cpu_for_want_of_gpu=True,
-        pid=7,
-    )
+    new = new_server(model_id, port, on_cpu_for_want_of_gpu=True, pid=7)
     share = NewAssignment(gpu_uuid="GPU-0", gpu_index=0, estimated_bytes=5, free_bytes=20)
     return server_rows.insert_server(store, new, [share], now=1.0, reason="a test")
 

@@ -8,7 +8,7 @@ from smartproxy.proxy.pages import view
 from smartproxy.state import servers as server_rows
 from smartproxy.state.assignments import UNKNOWN_INDEX, NewAssignment
 from smartproxy.state.migrate import create
-from smartproxy.state.server_row import NewServer
+from tests.support.rows import new_server
 
 
 def test_a_server_that_was_adopted_before_the_gpus_were_seen_has_no_assignment_yet(
@@ -16,11 +16,8 @@ def test_a_server_that_was_adopted_before_the_gpus_were_seen_has_no_assignment_y
 ) -> None:
     """Found by chaos: /health was a 500 after the state file had been removed."""
     store, _ = create(tmp_path / "state.db")
-    new = NewServer(
-        model_id="m", port=9000, api_key="", command="[]", log_path="", settings_key="", pid=7
-    )
     share = NewAssignment(gpu_uuid="GPU-0", gpu_index=UNKNOWN_INDEX, estimated_bytes=5)
-    server_rows.insert_server(store, new, [share], now=1.0, reason="adopted")
+    server_rows.insert_server(store, new_server(pid=7), [share], now=1.0, reason="adopted")
     (shown,) = view.servers(store, now=2.0)
     assert (shown.model_id, shown.gpu_assignment) == ("m", None)
     with store.write() as connection:
