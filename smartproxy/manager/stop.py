@@ -88,15 +88,15 @@ def stop_all(loading: Loading, *, grace_s: float, deadline_s: float) -> None:
     """
     began = time.monotonic()
     loading.children.close()
-    told = False
+    was_logged = False
     while (passed_s := time.monotonic() - began) < grace_s + deadline_s:
         try:
             if not _end_more(loading, grace_s=grace_s, passed_s=passed_s):
                 return
         except StateError as error:
-            if not told:
+            if not was_logged:
                 logger.error("servers can't be ended in order, trying on: %s", error)
-            told = True
+            was_logged = True
             if passed_s > grace_s:
                 break
         time.sleep(STOP_LOOK_EVERY_S)

@@ -208,7 +208,7 @@ class Request(Running):
     def _is_torn(self) -> bool:
         return self._exchange is not None and self._exchange.torn
 
-    def _told(self, error: SmartProxyError) -> SmartProxyError:
+    def _readable(self, error: SmartProxyError) -> SmartProxyError:
         return discreet(error) if self.job.discreet else error
 
 

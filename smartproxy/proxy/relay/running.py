@@ -1,4 +1,4 @@
-"""What goes on in the relay's loop for one client: a task, and whatever happens an end."""
+"""What runs in the relay's loop for one client: a task, which always ends the client's side."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Running(ABC):
         """Return whether the client's body now ends inside a chunk."""
         return False
 
-    def _told(self, error: SmartProxyError) -> SmartProxyError:
+    def _readable(self, error: SmartProxyError) -> SmartProxyError:
         """Return an error as this client may read it."""
         return error
 
@@ -59,4 +59,4 @@ class Running(ABC):
         if not isinstance(error, SmartProxyError):
             logger.error("%s failed", self, exc_info=error)
             error = SmartProxyError("the proxy failed; the log says why")
-        self.client.fail(self._told(error), torn=self._is_torn(), reader=self._reader)
+        self.client.fail(self._readable(error), torn=self._is_torn(), reader=self._reader)
